@@ -1,0 +1,272 @@
+"""Stage 3. The reward model r_phi(s_t, a_t): what each token is worth, learnt from pairs.
+
+    python reward_model.py                                        # Eq. 4 on out/diffs.jsonl -> out/rm
+    python reward_model.py --loss=sequence data/toy/pref.jsonl    # the baseline: one reward per answer, preference pairs
+    torchrun --nproc_per_node=8 reward_model.py
+    python reward_model.py show --model=out/rm a.jsonl,b.jsonl    # answers of one or two files, tokens painted by r_t
+
+R(tau) = (1/T) sum_t r_t [1], p(w > l) = sigma(R_w - R_l) [2]. With U_0 the unchanged and U_1 the changed tokens (diff.py):
+
+    eq3       -log sigma( sum_U0 r_w / T_w - sum_U0 r_l / T_l  +  sum_U1 r_w / T_w - sum_U1 r_l / T_l )      exact likelihood
+    eq4       -log sigma(                                         sum_U1 r_w / T_w - sum_U1 r_l / T_l )      the paper's
+    sequence  -log sigma( r_w at its last token - r_l at its last token )                                    the baseline
+
+In [3] the paper writes sum_U0 once, as if r_t were equal on both sides; it is not (the states differ behind the first edit), so
+eq3 keeps both sums. Eq. 4 never trains r_t on U_0, which PPO will sum all the same: `anchor` pulls it to 0 (ours, off by default).
+"""
+import sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from common import (begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail, finish,
+                    fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step, pack,
+                    progress, read_jsonl, record_of, reward_level, rows_at, save_checkpoint, save_model, say, setup, token_heads,
+                    token_texts, tokenizer_hash, total, trim_logs)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "out/sft"          # backbone: the SFT model; a new head, zero
+    data: str = "out/diffs.jsonl"   # pairs from diff.py; for loss=sequence also preferences (pref.jsonl)
+    out: str = "out/rm"
+    loss: Literal["sequence", "eq3", "eq4"] = "eq4"
+    anchor: float = 0.0             # weight of the mean of r_t^2 over U_0, per pair (try 0.1); not for loss=sequence
+    eval_data: str | None = None    # held-out pairs: a pref or a diffs file
+    eval_every: int = 0             # steps between evaluations; 0: at the end only
+    epochs: int = 1
+    batch: int = 16                 # pairs per optimizer step, all ranks together
+    micro_batch: int = 4            # pairs per forward and rank; changes memory and speed only
+    lr: float = 3e-6                # peak; linear warm-up, then cosine to 0
+    warmup: float = 0.03            # share of the steps
+    max_tokens: int = 512           # prompt + answer; longer pairs are dropped and counted
+    max_grad_norm: float | None = 1.0       # None: no clipping
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto: bfloat16 on GPU. Weights are float32
+    activation_checkpointing: bool = False  # a third more computing for much less memory
+    log_every: int = 1              # steps between lines of metrics.jsonl
+    resume_every: int = 100         # steps between checkpoints
+    seed: int = 0                   # order of pairs
+    overwrite: bool = False
+
+
+# ---------------------------------------------------------------- the equations
+
+def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
+    """The three terms inside Eq. 3's sigma, [B] each: u0, u1_w, u1_l; R_w - R_l = u0 + u1_w - u1_l.
+
+    r: rewards per token [B, T] (w and l may differ in T); response: mask of real tokens; changed: 1 = in U_1. What stands
+    outside the response is ignored. u0 = sum_U0 r_w / T_w - sum_U0 r_l / T_l is what Eq. 4 drops."""
+    def mean_over(r, response, part):  # (1/T) sum over a part of the T tokens
+        return r.masked_fill(~(response.bool() & part), 0).sum(1) / response.sum(1).clamp(min=1)
+    u1_w, u1_l = mean_over(r_w, response_w, changed_w.bool()), mean_over(r_l, response_l, changed_l.bool())
+    u0 = mean_over(r_w, response_w, ~changed_w.bool()) - mean_over(r_l, response_l, ~changed_l.bool())
+    return u0, u1_w, u1_l
+
+
+def sequence_rewards(r, response):
+    """The sequence model's R: r at the last real token, [B, T] -> [B]"""
+    last = (response.long().sum(1) - 1).clamp(min=0)
+    return r.gather(1, last[:, None])[:, 0]
+
+
+def mean_rewards(r, response):
+    """R(tau) [1]: the mean of r_t over the real tokens, [B, T] -> [B]"""
+    return r.masked_fill(~response.bool(), 0).sum(1) / response.sum(1).clamp(min=1)
+
+
+def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss, anchor=0.0):
+    """Loss of each pair [B]; arguments as in pair_terms. loss: "sequence", "eq3" [3] or "eq4" [4]. anchor adds
+    anchor * mean of r_t^2 over the U_0 tokens of both sides together (0 where there are none). ValueError: anchor with sequence."""
+    if loss == "sequence":
+        if anchor:
+            raise ValueError("anchor pulls token rewards to 0; a sequence reward has none")
+        return -F.logsigmoid(sequence_rewards(r_w, response_w) - sequence_rewards(r_l, response_l))
+    u0, u1_w, u1_l = pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l)
+    losses = -F.logsigmoid({"eq3": u0 + u1_w - u1_l, "eq4": u1_w - u1_l}[loss])
+    if anchor:
+        unchanged_w, unchanged_l = response_w.bool() & ~changed_w.bool(), response_l.bool() & ~changed_l.bool()
+        squares = r_w.masked_fill(~unchanged_w, 0).square().sum(1) + r_l.masked_fill(~unchanged_l, 0).square().sum(1)
+        losses = losses + anchor * squares / (unchanged_w.sum(1) + unchanged_l.sum(1)).clamp(min=1)
+    return losses
+
+
+# ---------------------------------------------------------------- pairs
+
+def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
+    """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1, and the number of rows read.
+
+    A pref file has no U_1: its masks are all 1, and Eq. 3 and 4 refuse it. Diffs of another tokenizer are refused."""
+    ids = {name: list for name in ("prompt_ids", "edited_ids", "original_ids", "edited_changed", "original_changed")}
+    if "edited_ids" in read_jsonl(path, {})[0]:
+        if not record_of(path):
+            fail(f"{path}: {path}.run.json, which names its tokenizer, is missing; make both with: python diff.py")
+        if record_of(path)["tokenizer_hash"] != tokenizer_hash(tokenizer):
+            fail(f"--{flag}={path} was made with another tokenizer than the model's; make it again: python diff.py --tokenizer=MODEL")
+        rows = read_jsonl(path, ids)
+        pairs = [tuple(row[name] for name in ids) for row in rows]
+        for number, (_, w, l, changed_w, changed_l) in enumerate(pairs, 1):
+            if len(w) != len(changed_w) or len(l) != len(changed_l):
+                fail(f"{path}:{number}: a mask is not as long as its ids; make the file again: python diff.py")
+    elif masks_needed:
+        fail(f"--{flag}={path} has no edited_ids, so no U_1: --loss=eq3 and eq4 learn from diff.py's output (sequence takes both)")
+    else:
+        rows = read_jsonl(path, {"instruction": str, "input": (str, type(None)), "output_1": str, "output_2": str, "preference": (1, 2)})
+        pairs = []
+        for row in rows:
+            w, l = ("output_1", "output_2") if row["preference"] == 1 else ("output_2", "output_1")
+            w, l = (encode_response(tokenizer, row[name], eos=name not in row.get("cut", [])) for name in (w, l))
+            pairs.append((encode_prompt(tokenizer, row), w, l, [1] * len(w), [1] * len(l)))
+    fitting = [pair for pair in pairs if pair[1] and pair[2] and pair_length(pair) <= max_tokens]
+    return fitting or fail(f"--{flag}={path}: no pair fits in max_tokens={max_tokens}"), len(rows)
+
+
+def pair_length(pair):
+    return len(pair[0]) + max(len(pair[1]), len(pair[2]))
+
+
+def score_pairs(model, pairs, device):
+    """Both answers of each pair in one forward -> r_w, response_w, changed_w, r_l, response_l, changed_l, all [B, T]. All ranks."""
+    B = len(pairs)
+    prompts, w, l, changed_w, changed_l = zip(*pairs)
+    ids, mask, response = pack(prompts * 2, w + l, device)
+    r = token_heads(model, ids, mask, response)                                                     # [2B, T]
+    changed = torch.tensor([c + [0] * (r.shape[1] - len(c)) for c in changed_w + changed_l], device=device)
+    return r[:B], response[:B], changed[:B], r[B:], response[B:], changed[B:]
+
+
+def total_rewards(r, response, loss):
+    return sequence_rewards(r, response) if loss == "sequence" else mean_rewards(r, response)
+
+
+@torch.no_grad()
+def evaluate(model, pairs, cfg, device):
+    """-> accuracy (a tie is half), mean margin R_w - R_l and loss over held-out pairs. All ranks."""
+    sums, lengths = torch.zeros(3, dtype=torch.float64, device=device), [pair_length(pair) for pair in pairs]
+    for part in deal(range(len(pairs)), lengths, cfg.micro_batch * 2):
+        r_w, response_w, _, r_l, response_l, _ = score_pairs(model, [pairs[i] for i in part or [0]], device)
+        margin = total_rewards(r_w, response_w, cfg.loss) - total_rewards(r_l, response_l, cfg.loss)
+        accuracy = (margin > 0).double() + 0.5 * (margin == 0)
+        sums += torch.stack([accuracy.sum(), margin.sum(), -F.logsigmoid(margin).sum()]).double() * bool(part)
+    accuracy, margin, loss = (total(sums) / len(pairs)).tolist()  # all ranks
+    return dict(eval_accuracy=accuracy, eval_margin=margin, eval_loss=loss)
+
+
+# ---------------------------------------------------------------- the stage
+
+def main(cfg):
+    # ---------------------------------------------------------------- inputs
+    check_model(cfg.model, "model", "python sft.py")
+    check_input(cfg.data, "data", "python edit.py, then python diff.py")
+    if cfg.eval_data:
+        check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
+    if cfg.anchor and cfg.loss == "sequence":
+        fail("--anchor pulls token rewards to 0; with --loss=sequence there are none: leave it at 0")
+    tokenizer = load_tokenizer(cfg.model)
+    pairs, read = read_pairs(cfg.data, "data", tokenizer, cfg.max_tokens, masks_needed=cfg.loss != "sequence")
+    held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
+    lengths = [pair_length(pair) for pair in pairs]
+    fit_positions(cfg.model, "model", max(lengths + [pair_length(pair) for pair in held_out]))
+    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], pairs=len(pairs)):
+        return say(f"{cfg.out} is finished; nothing to do")
+
+    # ---------------------------------------------------------------- model
+    device, mesh, dtype = setup(cfg.dtype)
+    model = load_model(cfg.model, device, mesh, dtype, head="zero", checkpointing=cfg.activation_checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    steps = -(-len(pairs) * cfg.epochs // cfg.batch)
+    done = load_checkpoint(cfg.out, model, optimizer)
+    trim_logs(cfg.out, done)
+    say(f"{len(pairs)} of {read} pairs fit, {steps} steps of {cfg.batch}" + (f", going on after step {done}" if done else ""))
+
+    # ---------------------------------------------------------------- loop
+    for step in progress(range(done, steps), "reward model", steps):
+        started = time.time()
+        batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, len(pairs) * cfg.epochs), len(pairs), cfg.seed)
+        sums = torch.zeros(7, dtype=torch.float64, device=device)
+        for part in deal(batch, lengths, cfg.micro_batch):
+            scored = score_pairs(model, [pairs[i] for i in part or batch[:1]], device)  # nothing left: weight 0. All ranks
+            losses = pair_losses(*scored, loss=cfg.loss, anchor=cfg.anchor)                         # [B]
+            (losses.sum() / len(batch) * bool(part)).backward()  # the mean over the pairs of the whole batch
+            with torch.no_grad():
+                r_w, response_w, _, r_l, response_l, _ = scored
+                margin = total_rewards(r_w, response_w, cfg.loss) - total_rewards(r_l, response_l, cfg.loss)
+                r_eos = (sequence_rewards(r_w, response_w) + sequence_rewards(r_l, response_l)) / 2
+                terms = [losses, (margin > 0) + 0.5 * (margin == 0), margin, *pair_terms(*scored), r_eos]
+                sums += torch.stack([term.double().sum() for term in terms]) * bool(part)
+        lr = cfg.lr * cosine(step, steps, cfg.warmup)
+        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, pairs {batch[:8]}...")
+        loss, accuracy, margin, u0, u1_w, u1_l, r_eos = (total(sums) / len(batch)).tolist()  # all ranks
+        row = dict(step=step, loss=loss, accuracy=accuracy, margin=margin, u0=u0, u1_w=u1_w, u1_l=u1_l, r_eos=r_eos, lr=lr,
+                   grad_norm=norm, tokens=sum(2 * len(pairs[i][0]) + len(pairs[i][1]) + len(pairs[i][2]) for i in batch))
+        last = step == steps - 1
+        if held_out and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
+            row |= evaluate(model, held_out, cfg, device)  # all ranks
+        if step % cfg.log_every == 0 or last or "eval_loss" in row:
+            log_metrics(cfg.out, row | dict(seconds=time.time() - started))
+        if (step + 1) % cfg.resume_every == 0 and not last:
+            save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
+
+    save_model(model, tokenizer, cfg.out, dtype, sequence=cfg.loss == "sequence")  # all ranks
+    finish(cfg)
+    clear_checkpoints(cfg.out)
+    say(f"{cfg.out}: done")
+
+
+# ---------------------------------------------------------------- show
+
+@dataclass(frozen=True)
+class ShowConfig:
+    model: str = "out/rm"
+    data: list[str] = ()            # one or two files of answers: outputs.jsonl (output), edits.jsonl (original, edited)
+    n: int = 3                      # rows
+    seed: int = 0                   # nothing here is random
+
+
+@torch.no_grad()
+def token_rewards(model, tokenizer, row, answer, device):
+    """r_t of one answer -> (texts of the tokens, list of r_t); a sequence model's outputs are scores of prefixes"""
+    response = encode_response(tokenizer, row[answer], eos=answer not in row.get("cut", []))
+    ids, mask, response_mask = pack([encode_prompt(tokenizer, row)], [response], device)
+    return token_texts(tokenizer, response), token_heads(model, ids, mask, response_mask)[0].tolist()
+
+
+def paint(texts, rewards, scale):
+    """Tokens on a red (bad) to green (good) background, for a terminal of 256 colours; without colour: r_t behind the worst and best"""
+    from diff import plain
+    if not sys.stdout.isatty():
+        return "".join(plain(t) + (f"({r:+.1f})" if abs(r) > 0.3 * scale else "") for t, r in zip(texts, rewards))
+    def level(r):  # 0..5 of the colour cube
+        return min(5, round(abs(r) / scale * 5))
+    return "".join(f"\033[30;48;5;{16 + 36 * (5 if r < 0 else 5 - level(r)) + 6 * (5 if r > 0 else 5 - level(r)) + 5 - level(r)}m"
+                   f"{plain(t)}\033[0m" for t, r in zip(texts, rewards))
+
+
+def show(cfg):
+    """Paint the first n answers of each file by r_t, those of the same row below one another"""
+    check_model(cfg.model, "model", "python reward_model.py")
+    reward_level(cfg.model)
+    for path in cfg.data or fail("show needs one or two files of answers"):
+        check_input(path, "data", "python evaluate.py decode, or python edit.py")
+    tokenizer = load_tokenizer(cfg.model)
+    device, mesh, dtype = setup()
+    model = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True)
+    files = [read_jsonl(path, {"instruction": str})[:cfg.n] for path in cfg.data]
+    for number, row in enumerate(files[0]):
+        print(f"\n{row['instruction']}  {row.get('input') or ''}")
+        shown = [(f"{Path(path).parent.name}/{Path(path).name}" + f" {name}" * (name != "output"),
+                  *token_rewards(model, tokenizer, rows[number], name, device))
+                 for path, rows in zip(cfg.data, files) if number < len(rows)
+                 for name in ("output", "original", "edited") if rows[number].get(name) is not None]
+        scale = max(abs(r) for _, _, rewards in shown for r in rewards) or 1.0
+        for title, texts, rewards in shown:
+            print(f"{title}: R = {sum(rewards) / len(rewards):+.3f}\n  {paint(texts, rewards, scale)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["show"]:
+        show(load_config(ShowConfig, "reward_model.show", sys.argv[2:]))
+    else:
+        main(load_config(Config))

@@ -1,0 +1,95 @@
+"""Stage 0. The starting policy pi_0: demonstrations -> a model that follows instructions.
+
+    python sft.py --model=MODEL --data=data/toy/sft.jsonl                       # one process
+    torchrun --nproc_per_node=8 sft.py                                          # the paper's: LLaMA-7B, AlpacaFarm's SFT split
+
+sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t) over the
+batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and number of ranks. The paper
+takes AlpacaFarm's SFT model; the defaults are that model's published script. Kept by checkpoint: a killed run goes on.
+"""
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common import (RANK, begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail,
+                    finish, fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step,
+                    pack, progress, read_jsonl, rows_at, save_checkpoint, save_model, say, setup, token_logprobs, total, trim_logs)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "huggyllama/llama-7b"      # Hugging Face folder or hub name; a folder without weights: a new model, from seed
+    data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (`cut: ["output"]`: did not end by itself, gets no EOS)
+    out: str = "out/sft"
+    epochs: int = 3
+    batch: int = 128                # rows per optimizer step, all ranks together
+    micro_batch: int = 4            # rows per forward and rank; changes memory and speed only
+    lr: float = 2e-5                # peak; linear warm-up, then cosine to 0
+    warmup: float = 0.03            # share of the steps
+    max_tokens: int = 512           # prompt + response; longer rows are dropped and counted
+    max_grad_norm: float | None = 1.0       # None: no clipping
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto: bfloat16 on GPU. Weights are float32
+    activation_checkpointing: bool = False  # a third more computing for much less memory
+    log_every: int = 1              # steps between lines of metrics.jsonl
+    resume_every: int = 100         # steps between checkpoints
+    seed: int = 0                   # order of rows, new weights
+    overwrite: bool = False
+
+
+def main(cfg):
+    # ---------------------------------------------------------------- inputs
+    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Hugging Face model")
+    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None)), "output": str})
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = [encode_prompt(tokenizer, row) for row in rows]
+    responses = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) for row in rows]
+    fitting = [(p, r) for p, r in zip(prompts, responses) if r and len(p) + len(r) <= cfg.max_tokens]
+    if not fitting:
+        fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
+    prompts, responses = zip(*fitting)
+    lengths = [len(p) + len(r) for p, r in fitting]
+    fit_positions(cfg.model, "model", max(lengths))
+    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
+        return say(f"{cfg.out} is finished; nothing to do")
+
+    # ---------------------------------------------------------------- model
+    device, mesh, dtype = setup(cfg.dtype)
+    model = load_model(cfg.model, device, mesh, dtype, checkpointing=cfg.activation_checkpointing, seed=cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    steps = -(-len(prompts) * cfg.epochs // cfg.batch)
+    done = load_checkpoint(cfg.out, model, optimizer)
+    trim_logs(cfg.out, done)
+    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}" + (f", going on after step {done}" if done else ""))
+
+    # ---------------------------------------------------------------- loop
+    for step in progress(range(done, steps), "sft", steps):
+        started = time.time()
+        batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, len(prompts) * cfg.epochs), len(prompts), cfg.seed)
+        tokens = sum(len(responses[row]) for row in batch)  # of all ranks
+        loss_sum = torch.zeros((), device=device)
+        for part in deal(batch, lengths, cfg.micro_batch):
+            mine = part or batch[:1]  # nothing left for this rank: any row with weight 0 (the forward is collective)
+            ids, mask, response_mask = pack([prompts[row] for row in mine], [responses[row] for row in mine], device)
+            loss = -token_logprobs(model, ids, mask, response_mask).sum() / tokens * bool(part)  # all ranks
+            loss.backward()
+            loss_sum += loss.detach()
+        lr = cfg.lr * cosine(step, steps, cfg.warmup)
+        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {batch[:8]}...")
+        loss = total(loss_sum).item()  # all ranks
+        if step % cfg.log_every == 0 or step == steps - 1:
+            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=sum(lengths[row] for row in batch),
+                                      seconds=time.time() - started))
+        if (step + 1) % cfg.resume_every == 0 and step + 1 < steps:
+            save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
+
+    save_model(model, tokenizer, cfg.out, dtype)  # all ranks
+    finish(cfg)
+    clear_checkpoints(cfg.out)
+    say(f"{cfg.out}: done")
+
+
+if __name__ == "__main__":
+    main(load_config(Config))
