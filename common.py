@@ -217,11 +217,11 @@ def record_path(out):
 LOCKS = []  # stay open until the process ends, however it ends: the kernel then drops them
 
 
-def begin(cfg, *, free=(), inputs=(), **facts):
+def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     """Take cfg.out (a folder, or a file with a suffix): lock it, compare its run.json, write ours. -> True if finished before.
 
     free: fields that cannot change the result, so that an interrupted run may go on with other values. inputs: the files and
-    folders read, whose content is compared too. Another config, another's lock or a stranger's files end the run."""
+    folders read, whose content is compared too; beside: names that may stand in out already. Another config, another's lock or a stranger's files end the run."""
     out, record_at, is_file = Path(cfg.out), record_path(cfg.out), bool(Path(cfg.out).suffix)
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     record = {"config": config, "inputs": {str(path): fingerprint(path) for path in inputs}, **facts, "finished": False}
@@ -234,7 +234,7 @@ def begin(cfg, *, free=(), inputs=(), **facts):
             fail(f"another run is writing {out}; wait for it, or choose another --out")
     old = record_of(out)
     if not cfg.overwrite:
-        if not old and (out.is_file() or any(f.suffix != ".lock" and f != record_at for f in out.glob("*"))):
+        if not old and (out.is_file() or any(f.suffix != ".lock" and f.name not in beside for f in out.glob("*"))):
             fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it with --overwrite=true")
         differs = [f"{name}: {old['config'].get(name)!r} then, {value!r} now" for name, value in config.items()
                    if old and name not in (*free, "overwrite", "out") and old["config"].get(name) != value]
@@ -471,6 +471,7 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the losses are sums over global counts: gradients add up
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return model.to(device)  # buffers
 
 
@@ -522,19 +523,28 @@ def barrier():
         dist.barrier()
 
 
-def save_checkpoint(out, step, models, optimizer):
-    """<out>/checkpoint_<step>/: weights and Adam's moments as safetensors, sharded; earlier ones go. All ranks.
+def training_state(models, optimizer):
+    """-> weights, optimizer state, and the tensors of both that a checkpoint holds: of tied weights one. All ranks."""
+    weights, moments = get_state_dict(models, optimizer, options=FLAT)
+    own = {name for name, _ in models.named_parameters()}  # a tied weight has its first name here
+    return weights, moments, {k: v for k, v in {**weights, **moments}.items()
+                              if isinstance(v, torch.Tensor) and (k in own or k in moments)}
 
-    Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. Not DCP's default
-    format: that one unpickles."""
-    weights, moments = get_state_dict(models, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_checkpoint(out, step, models, optimizer):
+    """<out>/checkpoint_<step>/: weights and Adam's moments as safetensors, each rank its shard; the earlier one goes. All ranks.
+
+    Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default format
+    is not used: it unpickles.)"""
     final, temporary = Path(out, f"checkpoint_{step}"), Path(out, "checkpoint.tmp")
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
-    tensors = {k: v for k, v in {**weights, **moments}.items() if isinstance(v, torch.Tensor)}
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=WORLD > 1),
-             no_dist=not dist.is_initialized())
+    dcp.save(training_state(models, optimizer)[2], no_dist=not dist.is_initialized(),
+             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=WORLD > 1))
     if RANK == 0:
         os.replace(temporary, final)
         for folder in Path(out).glob("checkpoint_*"):
@@ -554,13 +564,11 @@ def load_checkpoint(out, models, optimizer):
     """Fill models and optimizer from the newest checkpoint -> the number of steps it has done; 0 if there is none. All ranks."""
     step = max((int(folder.name.split("_")[1]) for folder in Path(out).glob("checkpoint_*")), default=0)
     if step:
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        weights, moments = get_state_dict(models, optimizer, options=options)
-        tensors = {k: v for k, v in {**weights, **moments}.items() if isinstance(v, torch.Tensor)}
+        weights, moments, tensors = training_state(models, optimizer)
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(out, f"checkpoint_{step}"))),
                  no_dist=not dist.is_initialized())
-        set_state_dict(models, optimizer, model_state_dict={k: tensors[k] for k in weights},
-                       optim_state_dict={k: tensors.get(k, v) for k, v in moments.items()}, options=options)
+        set_state_dict(models, optimizer, model_state_dict={k: tensors.get(k, w) for k, w in weights.items()},  # tied: filled too
+                       optim_state_dict={k: tensors.get(k, m) for k, m in moments.items()}, options=FLAT)
     return step
 
 

@@ -1,0 +1,515 @@
+"""Stage 5. Which model is better, how good is the reward, and the paper's three tables.
+
+    torchrun --nproc_per_node=8 evaluate.py decode --model=out/ppo --out=out/ppo/outputs.jsonl data/alpacafarm/eval.jsonl
+    python evaluate.py judge --outputs=out/ppo/outputs.jsonl --reference=data/alpacafarm/eval.jsonl --out=out/ppo/annotations.jsonl
+    python evaluate.py winrate out/ppo/annotations.jsonl                   # two files: their paired comparison
+    python evaluate.py rewards --reward_model=out/rm data/toy/pref_heldout.jsonl data/toy/edits_heldout.jsonl
+    python evaluate.py report out --out=out/report.html                    # several folders: seeds
+
+decode   answers of any causal language model, as AlpacaEval's model_outputs (instruction, input, output, generator)
+judge    each pair (the reference's answer, ours) before Claude in both orders, or before the toy world's gold or a reward model
+winrate  the share of pairs that ours wins, its error, and what may have bent it: order, length, verdicts nobody could read
+rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens that people changed
+report   Tables 1, 2 and 3 of the paper with ours beside them, and a page of figures, from run folders alone
+
+decode, rewards and judge --judge=reward_model run a model: under torchrun too, with the same result on any number of ranks.
+`python evaluate.py WORD --help` lists a word's fields.
+"""
+import json, math, random, re, statistics, sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common import (RANK, WORLD, barrier, begin, check_input, check_model, deal, decode_response, encode_prompt, encode_response,
+                    fail, finish, fit_positions, generate, load_config, load_model, load_tokenizer, pack, progress, read_jsonl,
+                    replacing, reward_level, row_uniforms, say, setup, token_heads, total, unsharded, write_jsonl)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    model: str = "out/ppo"                      # a Hugging Face folder, or a name on the hub
+    data: str = "data/alpacafarm/eval.jsonl"    # rows: instruction, input; what else they hold passes through
+    out: str = "out/ppo/outputs.jsonl"
+    generator: str | None = None                # the name that the outputs bear; None: the model folder's
+    temperature: float = 0.7                    # AlpacaFarm's; 0: the likeliest token
+    top_p: float = 0.9
+    response_len: int = 300                     # tokens; an answer that was cut there bears `cut`
+    batch: int = 64                             # rows decoded at once: fixed groups of similar length, whatever the ranks
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    seed: int = 0                               # each row has its own draws
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    outputs: str = "out/ppo/outputs.jsonl"      # ours
+    reference: str = "data/alpacafarm/eval.jsonl"  # the model to beat; pairs are matched by instruction and input
+    out: str = "out/ppo/annotations.jsonl"
+    judge: Literal["claude", "gold", "reward_model"] = "claude"  # gold: the toy world's, fewer flaws win
+    orders: int = 2                             # 2: both orders of each pair; 1: one, drawn at random (the old way)
+    prompt: Literal["plain", "length_neutral"] = "plain"
+    model: str = "claude-sonnet-4-6"            # claude: its API has no temperature any more, one more reason for both orders
+    max_tokens: int = 1024                      # claude: of a reply; room for models that think
+    concurrency: int = 16                       # claude: requests in flight
+    batch_api: bool = False                     # claude: half the price, within a day
+    dry_run: bool = False                       # claude: requests, tokens, dollars, the first prompt; nothing is asked or written
+    reward_model: str | None = None             # reward_model: its folder
+    micro_batch: int = 16                       # reward_model: answers per forward and rank
+    seed: int = 0                               # orders=1: which order
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class WinrateConfig:
+    data: list[str] = ()                        # one or two files of annotations
+    json: bool = False
+    resamples: int = 10_000                     # of the paired bootstrap
+    seed: int = 0                               # its draws
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    reward_model: str = "out/rm"
+    data: list[str] = ()                        # held-out preferences (output_1, output_2) or edits (original, edited)
+    out: str | None = None                      # <reward model>/rewards.json is where the report looks; None: print only
+    json: bool = False
+    max_tokens: int = 512                       # prompt + answer; longer pairs are dropped and counted
+    micro_batch: int = 16                       # answers per forward and rank
+    resamples: int = 200                        # of the pairs, for the standard error of an AUROC
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0                               # their draws
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    data: list[str] = ()                        # run folders, or folders that hold them: one such folder per seed
+    out: str = "out/report.html"                # report.md, the tables alone, goes beside it
+    markdown: bool = False                      # print the tables as Markdown, not as text
+    seed: int = 0                               # the bootstrap's draws
+    overwrite: bool = False                     # replace a file that is no report of ours
+
+
+# AlpacaFarm's pairwise prompt, in short. A row without input loses that block; --prompt=length_neutral adds NEUTRAL.
+JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose your preferred output, which can be \
+subjective.{neutral} Your answer should ONLY contain: Output (a) or Output (b).
+
+## Instruction:
+{instruction}
+
+## Input:
+{input}
+
+## Output (a):
+{first}
+
+## Output (b):
+{second}
+
+## Which is best, Output (a) or Output (b)?"""
+NEUTRAL = " Length is no merit: do not prefer an output for being longer or shorter, judge only what it says."
+VERDICTS = {"output (a)": 1, "output (b)": 2, "draw": 1.5}
+
+
+# ---------------------------------------------------------------- statistics
+
+def mean_and_error(x):
+    """Mean and its standard error sd(ddof=1) / sqrt(n); None where there is none"""
+    mean = statistics.fmean(x) if x else None
+    return mean, statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
+
+
+def win_rate(preferences):
+    """preferences: 1 the reference won .. 2 ours won, 1.5 or 0 a draw, None not counted -> percent, its standard error, counts"""
+    p = [1.5 if x == 0 else x for x in preferences if x is not None]
+    if not all(1 <= x <= 2 for x in p):
+        raise ValueError("a preference is 1, 2, between them, 0 or None")
+    rate, error = mean_and_error([100 * (x - 1) for x in p])
+    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 1.5 for x in p), n_wins_base=sum(x < 1.5 for x in p),
+                n_draws=sum(x == 1.5 for x in p), n_total=len(p))
+
+
+def paired(a, b, *, resamples=10_000, seed=0):
+    """Win rate of a minus that of b on the same questions, in points; a bootstrap draws questions, each with both its verdicts.
+
+    a, b: preferences as in win_rate; a question that is None in either is left out. low, high: 95%. p_value: two-sided."""
+    d = [100 * ((1.5 if x == 0 else x) - (1.5 if y == 0 else y)) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    difference, error = mean_and_error(d)
+    if len(d) < 2:
+        return dict(difference=difference, standard_error=None, low=None, high=None, p_value=None, n_total=len(d))
+    d, draw = torch.tensor(d, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    means = torch.cat([d[torch.randint(len(d), (min(500, resamples - i), len(d)), generator=draw)].mean(1)
+                       for i in range(0, resamples, 500)])
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
+    return dict(difference=difference, standard_error=error, low=low, high=high, p_value=min(1.0, 2 * max(1, tail) / resamples), n_total=len(d))
+
+
+def calibration(margins, bins=10):
+    """Does sigma(R_w - R_l) mean what it says? Pairs binned by the confidence in the likelier side, 0.5 to 1 -> ece, bins"""
+    filled = defaultdict(list)
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
+        filled[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, (margin > 0) + 0.5 * (margin == 0)))
+    bins = [dict(confidence=statistics.fmean(c for c, _ in pairs), accuracy=statistics.fmean(a for _, a in pairs), n=len(pairs))
+            for _, pairs in sorted(filled.items())]
+    return dict(ece=sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / max(1, len(margins)), bins=bins)
+
+
+def tell(figures, indent=""):
+    """Figures for people, one a line, every digit of them"""
+    for name, value in figures.items():
+        several = value if isinstance(value, list) and value and isinstance(value[0], dict) else [value] if isinstance(value, dict) else []
+        if not several:
+            say(f"{indent}{name:<18}{'-' if value is None else value}")
+        for group in several:
+            say(f"{indent}{name}")
+            tell(group, indent + "  ")
+
+
+# ---------------------------------------------------------------- decode
+
+def decode(cfg):
+    check_model(cfg.model, "model", "python ppo.py (or sft.py)")
+    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1 or Path(cfg.out).suffix != ".jsonl":
+        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at least 1, --out a .jsonl file")
+    rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
+    prompts = [encode_prompt(tokenizer, row) for row in rows]
+    fit_positions(cfg.model, "model", max(map(len, prompts)) + cfg.response_len)
+    if begin(cfg, inputs=[cfg.data, Path(cfg.model, "config.json"), Path(cfg.model, "run.json")], rows=len(rows)):
+        return say(f"{cfg.out} is finished; nothing to do")
+    device, mesh, dtype = setup(cfg.dtype)
+
+    # ---------------------------------------------------------------- what an interrupted run left; each rank appends to its own part
+    def parts():
+        return [file for file in Path(cfg.out).parent.iterdir() if file.name.startswith(Path(cfg.out).name + ".part")]
+
+    def decoded():
+        return {row["row"]: row for part in parts() for row in whole_lines(part)}
+
+    if RANK == 0:
+        left, old = {} if cfg.overwrite else decoded(), parts()
+        write_jsonl(f"{cfg.out}.part", left.values())
+        for part in old:
+            if part.suffix != ".part":
+                part.unlink()
+    barrier()
+    done = decoded()
+    barrier()  # nobody appends before everybody has read
+
+    # ---------------------------------------------------------------- groups of similar length, whole ones to each rank
+    order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))  # the longest first: memory runs out early or never
+    mine = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)][RANK::WORLD]
+    todo = [group for group in mine if any(i not in done for i in group)]
+    model = load_model(cfg.model, device, mesh, dtype, frozen=True)
+    with unsharded(model), open(f"{cfg.out}.part{RANK}", "a", encoding="utf-8") as file:
+        for group in progress(todo, "decode", len(mine)):
+            prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
+            uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
+            response_ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, eos_id=tokenizer.eos_token_id,
+                                          temperature=cfg.temperature, top_p=cfg.top_p, uniforms=uniforms)
+            for i, ids, length in zip(group, response_ids.tolist(), mask.sum(1).tolist()):
+                cut = {} if ids[length - 1] == tokenizer.eos_token_id else {"cut": ["output"]}
+                file.write(json.dumps({"row": i, "output": decode_response(tokenizer, ids[:length]), **cut}) + "\n")
+            file.flush()
+    barrier()
+    if RANK == 0:
+        done, name = decoded(), cfg.generator or Path(cfg.model).resolve().name
+        write_jsonl(cfg.out, [{k: v for k, v in row.items() if k != "cut"} | {"input": row.get("input") or "", "generator": name}
+                              | {k: v for k, v in done[i].items() if k != "row"} for i, row in enumerate(rows)])
+        for part in parts():
+            part.unlink()
+        say(f"{cfg.out}: {len(rows)} answers, {sum('cut' in row for row in done.values())} of them cut at {cfg.response_len} tokens")
+    finish(cfg)
+
+
+def whole_lines(path):
+    """The rows of a file whose last line a kill may have torn"""
+    text = Path(path).read_bytes() if Path(path).exists() else b""
+    return [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+
+
+# ---------------------------------------------------------------- judge
+
+def matched(path_1, path_2, key, kinds):
+    """The rows of two files about the same question, side by side; the k-th of a question goes with the other's k-th"""
+    def by_question(path):
+        found = defaultdict(list)
+        for row in read_jsonl(path, {"instruction": str} | kinds):
+            found[tuple(row.get(name) or "" for name in key)].append(row)
+        return found
+
+    rows_1, rows_2 = by_question(path_1), by_question(path_2)
+    for here, there, path, other in ((rows_1, rows_2, path_1, path_2), (rows_2, rows_1, path_2, path_1)):
+        alone = Counter({q: len(here[q]) for q in here}) - Counter({q: len(there[q]) for q in list(there)})
+        if alone:
+            fail(f"{other} lacks {alone.total()} of the rows of {path}, the first about {next(iter(alone))[0][:60]!r}; "
+                 f"both must hold the same questions ({', '.join(key)})")
+    return [pair for question in rows_1 for pair in zip(rows_1[question], rows_2[question])]
+
+
+def parse_verdict(reply):
+    """1: the answer shown first, 2: the second, 1.5: a draw; None: the reply says neither, or more than that"""
+    return VERDICTS.get(reply.strip().strip("*").rstrip(".").lower()) if isinstance(reply, str) else None
+
+
+def preference(verdicts, shown_first):
+    """A pair's verdicts, and which output stood first in each -> 1, 2, or between them; None if one cannot be read"""
+    parsed = [parse_verdict(reply) for reply in verdicts]
+    if None in parsed:
+        return None
+    mean = statistics.fmean(p if first == 1 else 3 - p for p, first in zip(parsed, shown_first)) if parsed else 1.5
+    return int(mean) if mean in (1, 2) else mean
+
+
+def judge(cfg):
+    check_input(cfg.outputs, "outputs", "python evaluate.py decode")
+    check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    if cfg.orders not in (1, 2) or Path(cfg.out).suffix != ".jsonl":
+        fail(f"--orders must be 1 or 2, --out a .jsonl file; got {cfg.orders} and {cfg.out}")
+    if WORLD > 1 and cfg.judge != "reward_model":
+        fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
+    pairs = matched(cfg.reference, cfg.outputs, ("instruction", "input"), {"output": str})  # (theirs, ours)
+    orders = [[1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))] for i in range(len(pairs))]
+    orders = [[] if theirs["output"] == ours["output"] else first for first, (theirs, ours) in zip(orders, pairs)]  # the same: a draw
+    cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output (1 or 2) shown as (a)
+    if cfg.dry_run:
+        from edit import show_plan
+        requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
+        return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api) if requests else say("no two answers differ")
+    if cfg.judge == "reward_model":
+        check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model", "python reward_model.py")
+        level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
+        prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
+        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) for pair in pairs for row in pair]
+        fit_positions(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
+    finished = begin(cfg, free=("concurrency", "batch_api", "dry_run", "micro_batch"), inputs=[cfg.outputs, cfg.reference])
+    if finished and not any(row["preference"] is None for row in whole_lines(cfg.out)):
+        return say(f"{cfg.out} is finished; nothing to do")
+
+    # ---------------------------------------------------------------- replies[case]: "Output (a)", from whomever
+    scores, errors, annotator = None, {}, {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}[cfg.judge]
+    if cfg.judge == "claude":
+        replies, errors = ask_judge(cfg, {case: judge_request(cfg, pairs[case[0]], case[1]) for case in cases})
+    elif cfg.judge == "gold":
+        from data.toy.prepare import gold
+        scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]
+    else:
+        R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]           # all ranks
+        scores = [R[i:i + 2] for i in range(0, len(R), 2)]
+    if scores:  # who scores each answer alone sees no order
+        replies = {(i, first): "Draw" if scores[i][0] == scores[i][1] else f"Output ({'ab'[(scores[i][first - 1] < scores[i][2 - first])]})"
+                   for i, first in cases}
+
+    # ---------------------------------------------------------------- one row per pair
+    if RANK == 0:
+        rows = []
+        for i, ((theirs, ours), firsts) in enumerate(zip(pairs, orders)):
+            verdicts = [replies.get((i, first)) for first in firsts]
+            why = "; ".join(errors[i, first] for first in firsts if (i, first) in errors)
+            rows.append(dict(
+                instruction=theirs["instruction"], input=theirs.get("input") or "", output_1=theirs["output"], output_2=ours["output"],
+                generator_1=theirs.get("generator") or Path(cfg.reference).stem, generator_2=ours.get("generator") or Path(cfg.outputs).stem,
+                annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts, shown_first=firsts,
+                **({"scores": scores[i]} if scores else {}), **({"error": why} if why else {})))
+        write_jsonl(cfg.out, rows)
+        tell({cfg.out: win_rate(row["preference"] for row in rows) | {"n_unparsed": sum(row["preference"] is None for row in rows)}})
+    finish(cfg)
+    for rest in (".replies", ".batches"):
+        Path(cfg.out + rest).unlink(missing_ok=True)
+
+
+def judge_request(cfg, pair, first):
+    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
+    shown = {"instruction": pair[0]["instruction"], "input": pair[0].get("input") or "", "first": pair[first - 1]["output"],
+             "second": pair[2 - first]["output"], "neutral": NEUTRAL if cfg.prompt == "length_neutral" else ""}
+    template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
+    text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template).encode("utf-8", "replace").decode()
+    return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
+
+
+def ask_judge(cfg, requests):
+    """requests: case -> request. -> replies and errors by case. Each reply is on disk (<out>.replies) as soon as it is there: a run
+    that was killed asks for what is missing. What cannot be read is asked up to three times, and again by the next run."""
+    from edit import ask_claude, dollars, stopping
+    log, usage = Path(f"{cfg.out}.replies"), Counter(input_tokens=0, output_tokens=0)
+    kept = whole_lines(log) if not cfg.overwrite else []
+    kept = kept or [dict(case=[i, first], reply=reply) for i, row in enumerate(whole_lines(cfg.out))
+                    for first, reply in zip(row["shown_first"], row["verdicts"])]
+    write_jsonl(log, kept)
+    replies, errors, hopeless = {tuple(row["case"]): row["reply"] for row in kept}, {}, set()
+    with stopping() as stop, open(log, "a", encoding="utf-8") as file:
+        for _ in range(3):
+            asked = {f"{i}-{first}": (i, first) for i, first in requests if parse_verdict(replies.get((i, first))) is None}
+            asked = {key: case for key, case in asked.items() if case not in hopeless}
+            if not asked or stop.is_set():
+                break
+            with progress(list(asked), "judge", len(requests)) as bar:
+                for key, reply in ask_claude({key: requests[case] for key, case in asked.items()}, stop, concurrency=cfg.concurrency,
+                                             batches=f"{cfg.out}.batches" if cfg.batch_api else None):
+                    case = asked[key]
+                    replies[case], errors[case] = reply.text, reply.error or f"no verdict ({reply.stop_reason})"
+                    if parse_verdict(reply.text) is not None:
+                        del errors[case]
+                    elif reply.stop_reason == "refusal" or reply.error and not reply.again:
+                        hopeless.add(case)
+                    usage.update(reply.usage or {})
+                    file.write(json.dumps(dict(case=case, reply=reply.text)) + "\n")
+                    file.flush()
+                    bar.update()
+    if stop.is_set():
+        say(f"stopped; the replies are in {log}, the same command goes on")
+        raise SystemExit(130)
+    cost = dollars(cfg.model, usage, cfg.batch_api)
+    say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, {'unknown' if cost is None else f'{cost:.2f}'} dollars")
+    return replies, errors
+
+
+# ---------------------------------------------------------------- winrate
+
+def read_annotations(path):
+    rows = read_jsonl(path, {"instruction": str, "output_1": str, "output_2": str, "preference": (int, float, type(None))})
+    for row in rows:
+        if not (row["preference"] in (None, 0) or 1 <= row["preference"] <= 2):
+            fail(f"{path}: preference must be 1, 2, between them, 0 or null, got {row['preference']} at {row['instruction'][:60]!r}")
+    return rows
+
+
+def summary(rows):
+    """All that `winrate` says of one file"""
+    verdicts = [[parse_verdict(reply) for reply in row.get("verdicts") or []] for row in rows]
+    both = [pair for pair in verdicts if len(pair) == 2 and set(pair) <= {1, 2}]
+    picks = [100 * (verdict == 1) for pair in verdicts for verdict in pair if verdict in (1, 2)]
+    def longer(row):
+        return len(row["output_2"]) - len(row["output_1"])
+    scored = sorted((row for row in rows if row["preference"] is not None), key=longer)
+    thirds = [scored[len(scored) * k // 3:len(scored) * (k + 1) // 3] for k in range(3)]
+    return win_rate(row["preference"] for row in rows) | dict(
+        n_unparsed=len(rows) - len(scored),
+        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen in both orders, the verdict kept the place
+        first_position=mean_and_error(picks)[0],                            # %: of verdicts, the answer shown first; 50 is fair
+        length_1=statistics.fmean(len(row["output_1"]) for row in rows),    # characters, of the reference
+        length_2=statistics.fmean(len(row["output_2"]) for row in rows),    # of ours
+        by_length=[dict(ours_longer_by=f"{longer(third[0])} to {longer(third[-1])}", **win_rate(row["preference"] for row in third))
+                   for third in thirds if third])
+
+
+def winrate(cfg):
+    if len(cfg.data) not in (1, 2):
+        fail("winrate needs one or two files of annotations: python evaluate.py winrate out/ppo/annotations.jsonl")
+    for path in cfg.data:
+        check_input(path, "data", "python evaluate.py judge")
+    figures = {path: summary(read_annotations(path)) for path in cfg.data}
+    if len(cfg.data) == 2:
+        pairs = matched(*cfg.data, ("instruction", "input", "output_1"), {"output_1": str})
+        both = ([row["preference"] for row in side] for side in zip(*pairs))
+        figures["first minus second, paired"] = paired(*both, resamples=cfg.resamples, seed=cfg.seed)
+    if cfg.json:
+        print(json.dumps(figures if len(cfg.data) == 2 else figures[cfg.data[0]], indent=1))
+    else:
+        tell(figures)
+
+
+# ---------------------------------------------------------------- rewards
+
+@torch.no_grad()
+def score(path, level, prompts, responses, micro_batch, dtype):
+    """A reward model's R of each response, and its r_t (lists). A sequence model has no token rewards: what each token adds to the
+    score of the prefix stands for them. All ranks."""
+    device, mesh, dtype = setup(dtype)
+    model = load_model(path, device, mesh, dtype, head="saved", frozen=True)
+    R, r = torch.zeros(len(responses), device=device), torch.zeros(len(responses), max(map(len, responses)), device=device)
+    for part in deal(range(len(responses)), [len(p) + len(a) for p, a in zip(prompts, responses)], micro_batch):
+        packed = pack([prompts[i] for i in part or [0]], [responses[i] for i in part or [0]], device)
+        heads, lengths = token_heads(model, *packed), packed[2].sum(1, keepdim=True)               # [B, T], [B, 1]. All ranks
+        whole = heads.sum(1, keepdim=True) / lengths if level == "token" else heads.gather(1, lengths - 1)  # Eq. 1, or the last r
+        if level == "sequence":
+            heads = heads - token_heads(model, *packed, before=True)                               # all ranks
+        if part:
+            R[part], r[part, :heads.shape[1]] = whole[:, 0], heads
+    return total(R).tolist(), [row[:len(ids)] for row, ids in zip(total(r).tolist(), responses)]  # each row is 0 but on its rank
+
+
+def read_held_out(path, tokenizer, max_tokens):
+    """Preferences or edits -> which of them, pairs (row, prompt, w, l), and why the other rows were dropped"""
+    kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
+    fields = {"original": str, "edited": (str, type(None))} if kind == "edits" else {"output_1": str, "output_2": str, "preference": (1, 2)}
+    pairs, dropped = [], Counter()
+    for row in read_jsonl(path, {"instruction": str} | fields):
+        w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * row["preference"]]
+        if row[w] is None or row[w] == row[l]:
+            dropped["failed edit" if row[w] is None else "identical"] += 1
+            continue
+        pair = row, encode_prompt(tokenizer, row), *(encode_response(tokenizer, row[x], eos=x not in row.get("cut", [])) for x in (w, l))
+        if pair[2] and pair[3] and len(pair[1]) + max(len(pair[2]), len(pair[3])) <= max_tokens:
+            pairs.append(pair)
+        else:
+            dropped["empty or too long"] += 1
+    return kind, pairs or fail(f"{path}: no pair is left; dropped: {dict(dropped)}"), dict(dropped)
+
+
+def rewards(cfg):
+    check_model(cfg.reward_model, "reward_model", "python reward_model.py")
+    for path in cfg.data or fail("rewards needs held-out files: python evaluate.py rewards data/toy/pref_heldout.jsonl"):
+        check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
+    level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
+    files = [(path, *read_held_out(path, tokenizer, cfg.max_tokens)) for path in cfg.data]
+    every = [pair for _, _, pairs, _ in files for pair in pairs]
+    fit_positions(cfg.reward_model, "reward_model", max(len(p) + max(len(w), len(l)) for _, p, w, l in every))
+    inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
+    if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
+        return say(f"{cfg.out} is finished; nothing to do")
+    R, r = score(cfg.reward_model, level, [p for _, p, _, _ in every] * 2, [w for *_, w, _ in every] + [l for *_, l in every],
+                 cfg.micro_batch, cfg.dtype)                                                       # all ranks
+    found, start = [], 0
+    for path, kind, pairs, dropped in files:
+        w, l = (slice(side + start, side + start + len(pairs)) for side in (0, len(every)))
+        start += len(pairs)
+        margins = [R_w - R_l for R_w, R_l in zip(R[w], R[l])]
+        accuracy, error = mean_and_error([100 * ((margin > 0) + 0.5 * (margin == 0)) for margin in margins])
+        margin, margin_error = mean_and_error(margins)
+        figures = dict(data=path, kind=kind, reward_model=cfg.reward_model, level=level, n=len(pairs), dropped=dropped,
+                       accuracy=accuracy, standard_error=error, margin=margin, margin_error=margin_error,
+                       longer_wins=statistics.fmean(100 * ((len(w) > len(l)) + 0.5 * (len(w) == len(l))) for *_, w, l in pairs),
+                       edited_wins=100.0 if kind == "edits" else None,  # so with edits, the order alone tells
+                       calibration=calibration(margins))
+        if kind == "edits":
+            from extras.localisation import token_figures
+            figures["tokens"] = token_figures(pairs, r[w], r[l], tokenizer, resamples=cfg.resamples, seed=cfg.seed)
+        found.append(figures)
+    if cfg.out and RANK == 0:
+        with replacing(cfg.out) as file:
+            json.dump(found, file, indent=1)
+    if cfg.json:
+        say(json.dumps(found, indent=1))
+    else:
+        tell({figures["data"]: figures for figures in found})
+    if cfg.out:
+        finish(cfg)
+
+
+# ---------------------------------------------------------------- report
+
+def report(cfg):
+    from extras.report import write_report
+    for path in cfg.data or fail("report needs run folders, or folders that hold them: python evaluate.py report out"):
+        check_input(path, "data", "bash demo.sh")
+    write_report(cfg)
+
+
+WORDS = dict(decode=(decode, DecodeConfig), judge=(judge, JudgeConfig), winrate=(winrate, WinrateConfig),
+             rewards=(rewards, RewardsConfig), report=(report, ReportConfig))
+
+if __name__ == "__main__":
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in ("--help", "-h"):
+        print(__doc__)
+    elif word not in WORDS:
+        fail(f"the first word must be one of {', '.join(WORDS)}" + (f", got {word!r}" if word else ""))
+    else:
+        run, Config = WORDS[word]
+        run(load_config(Config, f"evaluate.{word}", sys.argv[2:]))

@@ -1,0 +1,113 @@
+"""Anthropic's Message Batches, killed and restarted without losing or paying for one twice: edit.py and evaluate.py ask through here."""
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import anthropic
+import httpx2
+
+from common import fail, replacing, say
+
+ROWS, BYTES = 10_000, 7_000_000  # of one batch. The API takes 100,000 and 256 MB; a lost upload should cost little
+LONGEST_PAUSE = 60               # seconds between two looks at a batch
+TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, json.JSONDecodeError, AttributeError)  # the last: a page instead of an object
+
+
+def describe(error):
+    return " ".join(f"{type(error).__name__} {getattr(error, 'status_code', '')} {getattr(error, 'message', '')}".split())[:200]
+
+
+def ask_in_batches(client, requests, stop, path):
+    """requests: key -> arguments of messages.create. Yields (key, the API's result), None where a batch that ended lacks it.
+
+    Every batch stands in the file at `path` before it is sent: [{id, keys, at}]. Its keys go when its results are taken in."""
+    batches = json.loads(Path(path).read_text()) if Path(path).exists() else []
+
+    def remember():
+        with replacing(path) as file:
+            json.dump(batches, file)
+
+    for batch in [batch for batch in batches if batch["id"] is None]:  # we were killed between sending it and hearing its id
+        batch["id"] = find(client, batch, batches)
+    batches = [batch for batch in batches if batch["id"]]
+    under_way = {key for batch in batches for key in batch["keys"]}
+    for keys in chunks({key: request for key, request in requests.items() if key not in under_way}):
+        if stop.is_set():
+            return
+        batch = {"id": None, "keys": keys, "at": datetime.now(timezone.utc).isoformat()}
+        batches.append(batch)
+        remember()
+        batch["id"] = send(client, batch, batches, requests, stop)
+        remember()
+        if batch["id"]:
+            say(f"sent {batch['id']}: {len(keys)} requests")
+
+    pause, failures = 0.5, 0
+    while (unread := [batch for batch in batches if batch["keys"] and batch["id"]]) and not stop.is_set():
+        for batch in unread:
+            try:
+                results = read(client, batch["id"])
+                failures = 0
+            except TROUBLE as error:
+                results, failures = None, failures + 1
+                if getattr(error, "status_code", 0) in (401, 403) or failures > 20:
+                    fail(f"the Batches API: {describe(error)}; {path} remembers what is under way, the same command goes on")
+            if results is not None:
+                for key in batch["keys"]:
+                    if key in requests:  # else it was written before we were killed
+                        yield key, results.get(key)
+                batch["keys"] = []
+                remember()
+                pause = 0.5
+        stop.wait(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE)
+
+
+def chunks(requests):
+    """Lists of keys, each within the bounds of one batch"""
+    keys, size = [], 0
+    for key, request in requests.items():
+        length = len(json.dumps(request)) + 100
+        if keys and (len(keys) == ROWS or size + length > BYTES):
+            yield keys
+            keys, size = [], 0
+        keys.append(key)
+        size += length
+    if keys:
+        yield keys
+
+
+def send(client, batch, batches, requests, stop):
+    """-> the batch's id. Not by the SDK's retries: were the answer to a create lost, the batch would be made, and paid, twice"""
+    client = client.with_options(max_retries=0)
+    for attempt in range(6):
+        try:
+            return client.messages.batches.create(requests=[{"custom_id": key, "params": requests[key]} for key in batch["keys"]]).id
+        except TROUBLE as error:
+            status = getattr(error, "status_code", 500)
+            if attempt == 5 or 400 <= status < 500 and status not in (408, 409, 429):
+                fail(f"the Batches API: {describe(error)}; the same command goes on")
+            stop.wait(min(2 ** attempt, LONGEST_PAUSE))
+        if found := find(client.with_options(max_retries=5), batch, batches):
+            return found
+
+
+def find(client, batch, batches):
+    """The id of a batch whose sending nobody saw end: of that size, made since, and not known yet. None: it never arrived"""
+    since, known = datetime.fromisoformat(batch["at"]) - timedelta(minutes=5), {other["id"] for other in batches}
+    for seen in client.messages.batches.list(limit=100):  # the newest first
+        n = seen.request_counts
+        if seen.created_at < since:
+            return None
+        if seen.id not in known and n.processing + n.succeeded + n.errored + n.canceled + n.expired == len(batch["keys"]):
+            return seen.id
+
+
+def read(client, id):
+    """custom_id -> result, or None while the batch is being worked on"""
+    try:
+        if client.messages.batches.retrieve(id).processing_status != "ended":
+            return None
+        return {line.custom_id: line.result for line in client.messages.batches.results(id)}
+    except anthropic.NotFoundError:  # it is kept for 29 days: nothing of it is left
+        return {}
