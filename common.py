@@ -277,15 +277,15 @@ def finish(cfg, **facts):
 
 def progress(steps, name, count):
     """tqdm on rank 0, counted from the start of the run, not of this process"""
-    return tqdm(steps, name, count, initial=count - len(steps), disable=RANK > 0, dynamic_ncols=True, mininterval=1)
+    return tqdm(steps, name, count, initial=count - len(steps), disable=True if RANK else None, dynamic_ncols=True, mininterval=1)
 
 
-def log_metrics(out, row):
-    """One object in metrics.jsonl and one printed line per step (rank 0)"""
+def log_metrics(out, row, shown=None):
+    """One object in metrics.jsonl and one printed line (of the fields shown; None: all) per step (rank 0)"""
     if RANK == 0:
         with open(Path(out, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if not isinstance(v, (list, dict))))
+        say(" | ".join(f"{name} {row[name]:.4g}" for name in shown or row if name in row))
 
 
 def logged(path):

@@ -9,8 +9,8 @@
     python edit.py stats out/edits.jsonl --tokenizer=out/sft          # are they minimal? Also of other people's edits
 
 In: pref.jsonl (the preferred answer is not used), or rows with instruction, input, original. Out: edits.jsonl, one row
-per distinct question: an edit, or a failure (edited: null) with its reason and the raw reply. Each row is on disk as soon
-as it is there: stop or kill the run at any moment; the same command goes on, skips what is done, asks again what failed.
+per distinct question: an edit, or a failure (edited: null) with its reason and the raw reply. A row is on disk as soon
+as it is there: stop or kill the run at any moment; the same command goes on, and asks again for what failed.
 
 The paper's Claude-2 is gone, and today's models refuse a begun answer: these get the same request and answer in tags.
 """
@@ -78,13 +78,11 @@ class Config:
 def read_rows(cfg):
     """id -> the row to edit: id, instruction, input, original, what else it holds. Rows that ask the same are one."""
     fields = {"instruction": str, "input": (str, type(None))}
-    pref = {"output_1": str, "output_2": str, "preference": (1, 2)}
-    pref = {} if "original" in read_jsonl(cfg.data, fields)[0] else pref
+    ready = "original" in read_jsonl(cfg.data, fields)[0]
+    pref = {} if ready else {"output_1": str, "output_2": str, "preference": (1, 2)}
     given = read_jsonl(cfg.data, fields | (pref or {"original": str}))[:cfg.limit]
-    asks_model = cfg.editor in ("claude", "local")
-    setting = [cfg.model, cfg.system, cfg.prompt, cfg.prefill, cfg.tags] if asks_model else []
-    ours = {"id", "edited", "editor", "model", "stop_reason", "usage", "error", "raw", "cut", *pref}
-    rows = {}
+    setting = [cfg.model, cfg.system, cfg.prompt, cfg.prefill, cfg.tags] if cfg.editor in ("claude", "local") else []
+    rows, ours = {}, {"id", "edited", "editor", "model", "stop_reason", "usage", "error", "raw", "cut", *pref}
     for row in given:
         loser = f"output_{3 - int(row['preference'])}" if pref else "original"  # y_l; no editor ever sees y_w
         asked = [row["instruction"], row["input"] or "", row[loser]]
@@ -131,12 +129,11 @@ class Reply(NamedTuple):
     usage: dict | None = None       # input_tokens, output_tokens
     error: str | None = None        # why no reply came
     again: bool = False             # can asking once more help?
-    status: int | None = None       # the HTTP status behind the error
 
 
 PREAMBLE = re.compile(r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
                       r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)", re.I)
-REFUSAL = re.compile(r"(i'm sorry|i am sorry|sorry, |i apologi[sz]e|i can't|i cannot|i won't|i'm unable|i am unable)\b", re.I)
+REFUSAL = re.compile(r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|i'm unable|i am unable)\b", re.I)
 
 
 def read_reply(reply, original, tag):
@@ -146,7 +143,6 @@ def read_reply(reply, original, tag):
     layout: the original's own is put back, so that it is no change. Nothing else is trimmed."""
     def begins(pattern, text):
         return bool(pattern.match(text.replace("’", "'")))
-
     if reply.error:
         return None, reply.error, reply.again
     if reply.stop_reason == "refusal":
@@ -230,11 +226,9 @@ def ask_once(client, request):
     import anthropic
     try:
         return read_message(client.messages.create(**request))
-    except anthropic.APIStatusError as error:
-        status = error.status_code
-        return Reply(error=why(error), again=status in (408, 409, 429) or status >= 500, status=status)
-    except (anthropic.APIError, json.JSONDecodeError) as error:  # timeout, dropped connection; a 200 with a broken body
-        return Reply(error=why(error), again=True)
+    except (anthropic.APIError, json.JSONDecodeError) as error:
+        status = getattr(error, "status_code", 500)  # none: a timeout, a dropped connection, a 200 with a broken body
+        return Reply(error=why(error), again=status in (408, 409, 429) or status >= 500)
 
 
 def ask_claude(requests, stop, *, concurrency=16, timeout=600.0, retries=5, batches=None):
@@ -263,8 +257,7 @@ def ask_claude(requests, stop, *, concurrency=16, timeout=600.0, retries=5, batc
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key, reply = running.pop(future), future.result()
                 alive = alive or not reply.error
-                if reply.status == 401 or reply.status in (402, 403, 404) and not alive \
-                        or reply.status == 400 and re.search("prefill|credit balance", reply.error):
+                if re.match("401 |400 .*(prefill|credit balance)" + "|40[234] " * (not alive), reply.error or ""):
                     hopeless = reply.error  # so would every other one end; those in flight are still taken in
                 else:
                     yield key, reply
@@ -280,18 +273,16 @@ def dollars(model, usage, batch=False):
 
 def show_plan(requests, answers, *, batch=False):
     """Dry run: requests, tokens, dollars, the first prompt. answers: texts as long as the replies will be"""
-    first, client, sample = requests[0], claude_client(), requests[::-(-len(requests) // 100)]
-
-    def length(request):
-        return sum(len(turn["content"]) for turn in request["messages"]) + len(request.get("system", ""))
-    tokens, how = sum(map(length, requests)) / 4, "estimated at 4 characters each"
+    first, client, step = requests[0], claude_client(), -(-len(requests) // 100)
+    lengths = [sum(len(turn["content"]) for turn in request["messages"]) for request in requests]
+    tokens, how = sum(lengths) / 4 + len(requests) * len(first.get("system", "")) / 4, "estimated at 4 characters each"
     if client:
         import anthropic
         try:
             counts = [client.messages.count_tokens(**{name: request[name] for name in request if name != "max_tokens"})
-                      .input_tokens for request in sample]
-            tokens = sum(counts) * sum(map(length, requests)) / sum(map(length, sample))
-            how = "the API's count" + (f" of {len(sample)} requests, scaled by length" if sample != requests else "")
+                      .input_tokens for request in requests[::step]]
+            tokens = sum(counts) * sum(lengths) / sum(lengths[::step])
+            how = "the API's count" + (f" of {len(counts)} requests, scaled by length" if step > 1 else "")
         except (anthropic.APIError, json.JSONDecodeError, AttributeError) as error:
             how += f"; the API would not count: {why(error)}"
     usage = {"input_tokens": round(tokens), "output_tokens": sum(map(len, answers)) // 4}
@@ -310,9 +301,8 @@ def show_plan(requests, answers, *, batch=False):
 
 def read_edits(path):
     """id -> its last row. A line that a crash has torn is cut off first."""
-    if not Path(path).exists():
-        return {}
-    with open(path, "rb+") as file:
+    with open(path, "ab+") as file:
+        file.seek(0)
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)
     rows = read_jsonl(path, {"id": str, "edited": (str, type(None))}) if b"\n" in text else []
@@ -335,16 +325,13 @@ def main(cfg):
         fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
     if cfg.editor == "local":
         check_model(cfg.model, "model", "no stage of ours: name a chat model")
-        load_tokenizer(cfg.model).chat_template or fail(f"--model={cfg.model} is no chat model: it has no chat template")
+        load_tokenizer(cfg.model).chat_template or fail(f"--model={cfg.model} is no chat model: no chat template")
     begin(cfg, free=("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit", "tokenizer"))
-    batches = f"{cfg.out}.batches.json"
     if cfg.overwrite:
-        Path(batches).unlink(missing_ok=True)
+        Path(f"{cfg.out}.batches.json").unlink(missing_ok=True)
     done = read_edits(cfg.out)
     todo = {key: row for key, row in rows.items() if key not in done or done[key]["edited"] is None}
     say(f"{cfg.out}: {len(rows) - len(todo)} of {len(rows)} rows are done")
-    if not todo:
-        return
 
     # ---- ask, and write each row as it comes
     file, lock, spent = open(cfg.out, "ab", buffering=0), threading.Lock(), Counter()
@@ -352,17 +339,17 @@ def main(cfg):
 
     def save(key, edited, error=None, reply=Reply()):
         row = {name: rows[key][name] for name in ("id", "instruction", "input", "original")}
-        row |= {"edited": edited, "editor": cfg.editor, "model": model, "stop_reason": reply.stop_reason, "usage": reply.usage}
+        row |= dict(edited=edited, editor=cfg.editor, model=model, stop_reason=reply.stop_reason, usage=reply.usage)
         row |= ({"error": error, "raw": reply.text} if edited is None else {}) | rows[key]
         with lock:
             file.write(sendable(json.dumps(row, ensure_ascii=False) + "\n").encode())  # one write
             done[key] = row
 
     with stopping() as stop:
-        if cfg.editor == "human":
+        if cfg.editor == "human" and todo:
             from extras.edit_page import serve
             serve(rows, done, save, stop)
-        if cfg.editor == "rules":
+        if cfg.editor == "rules" and todo:
             from data.toy.prepare import mend
             for key, row in todo.items():
                 save(key, mend(row, row["original"], random.Random(f"{cfg.seed} {key}"), p=0.9))
@@ -379,7 +366,7 @@ def main(cfg):
                     requests, stop, path=cfg.model, batch=cfg.concurrency, seed=cfg.seed, temperature=0.7 * attempt))
             else:
                 replies = ask_claude(requests, stop, concurrency=cfg.concurrency, timeout=cfg.timeout,
-                                     retries=cfg.retries, batches=batches if cfg.batch_api else None)
+                                     retries=cfg.retries, batches=f"{cfg.out}.batches.json" if cfg.batch_api else None)
             with tqdm(total=len(requests), desc="asking again" if attempt else "asking") as bar:
                 for key, reply in replies:
                     edited, error, again = read_reply(reply, rows[key]["original"], tag[1] if uses_tags(cfg) else None)
@@ -397,14 +384,12 @@ def main(cfg):
     if spent:
         say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this time")
     if left or stop.is_set() and asked:
-        say(f"{left} of {len(rows)} rows are left, {len(asked)} that failed may be asked once more; the same command goes on")
+        say(f"{left} of {len(rows)} rows are left, {len(asked)} may be asked again: the same command goes on")
         raise SystemExit(130 if stop.is_set() else 0)
-    failed = sum(done[key]["edited"] is None for key in rows)
-    finish(cfg, rows=len(rows), failed=failed, **spent)
-    from extras.edit_stats import show_stats
-    show_stats([done[key] for key in rows], cfg.tokenizer, n=0)
-    if failed:
-        say(f"{failed} rows failed: {cfg.out} says why, and the same command asks them again")
+    finish(cfg, rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **spent)
+    if todo:
+        from extras.edit_stats import show_stats
+        show_stats([done[key] for key in rows], cfg.tokenizer, n=0)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def paired(a, b, *, resamples=10_000, seed=0):
     """Win rate of a minus that of b on the same questions, in points; a bootstrap draws questions, each with both its verdicts.
 
     a, b: preferences as in win_rate; a question that is None in either is left out. low, high: 95%. p_value: two-sided."""
-    d = [100 * ((1.5 if x == 0 else x) - (1.5 if y == 0 else y)) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    d = [100 * ((1.5 if x == 0 else x) - (1.5 if y == 0 else y)) for x, y in zip(a, b, strict=True) if None not in (x, y)]
     difference, error = mean_and_error(d)
     if len(d) < 2:
         return dict(difference=difference, standard_error=None, low=None, high=None, p_value=None, n_total=len(d))
@@ -145,29 +145,20 @@ def paired(a, b, *, resamples=10_000, seed=0):
                        for i in range(0, resamples, 500)])
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
-    return dict(difference=difference, standard_error=error, low=low, high=high, p_value=min(1.0, 2 * max(1, tail) / resamples), n_total=len(d))
-
-
-def calibration(margins, bins=10):
-    """Does sigma(R_w - R_l) mean what it says? Pairs binned by the confidence in the likelier side, 0.5 to 1 -> ece, bins"""
-    filled = defaultdict(list)
-    for margin in margins:
-        confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
-        filled[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, (margin > 0) + 0.5 * (margin == 0)))
-    bins = [dict(confidence=statistics.fmean(c for c, _ in pairs), accuracy=statistics.fmean(a for _, a in pairs), n=len(pairs))
-            for _, pairs in sorted(filled.items())]
-    return dict(ece=sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / max(1, len(margins)), bins=bins)
+    p_value = min(1.0, 2 * max(1, tail) / resamples)
+    return dict(difference=difference, standard_error=error, low=low, high=high, p_value=p_value, n_total=len(d))
 
 
 def tell(figures, indent=""):
-    """Figures for people, one a line, every digit of them"""
+    """Figures for people, every digit of them, one a line; a list of groups has one group a line"""
     for name, value in figures.items():
-        several = value if isinstance(value, list) and value and isinstance(value[0], dict) else [value] if isinstance(value, dict) else []
-        if not several:
-            say(f"{indent}{name:<18}{'-' if value is None else value}")
-        for group in several:
+        if isinstance(value, dict):
             say(f"{indent}{name}")
-            tell(group, indent + "  ")
+            tell(value, indent + "  ")
+        for group in value if isinstance(value, list) else []:
+            say(f"{indent}{name:<18}{'  '.join(f'{k} {round(v, 4) if isinstance(v, float) else v}' for k, v in group.items())}")
+        if not isinstance(value, (dict, list)):
+            say(f"{indent}{name:<18}{'-' if value is None else value}")
 
 
 # ---------------------------------------------------------------- decode
@@ -184,7 +175,7 @@ def decode(cfg):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
 
-    # ---------------------------------------------------------------- what an interrupted run left; each rank appends to its own part
+    # ---------------------------------------------------------------- what a killed run left; each rank appends to a part
     def parts():
         return [file for file in Path(cfg.out).parent.iterdir() if file.name.startswith(Path(cfg.out).name + ".part")]
 
@@ -210,8 +201,8 @@ def decode(cfg):
         for group in progress(todo, "decode", len(mine)):
             prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
             uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
-            response_ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, eos_id=tokenizer.eos_token_id,
-                                          temperature=cfg.temperature, top_p=cfg.top_p, uniforms=uniforms)
+            response_ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, uniforms=uniforms,
+                                          eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, top_p=cfg.top_p)
             for i, ids, length in zip(group, response_ids.tolist(), mask.sum(1).tolist()):
                 cut = {} if ids[length - 1] == tokenizer.eos_token_id else {"cut": ["output"]}
                 file.write(json.dumps({"row": i, "output": decode_response(tokenizer, ids[:length]), **cut}) + "\n")
@@ -221,10 +212,10 @@ def decode(cfg):
         done, name = decoded(), cfg.generator or Path(cfg.model).resolve().name
         write_jsonl(cfg.out, [{k: v for k, v in row.items() if k != "cut"} | {"input": row.get("input") or "", "generator": name}
                               | {k: v for k, v in done[i].items() if k != "row"} for i, row in enumerate(rows)])
+        finish(cfg)
         for part in parts():
             part.unlink()
         say(f"{cfg.out}: {len(rows)} answers, {sum('cut' in row for row in done.values())} of them cut at {cfg.response_len} tokens")
-    finish(cfg)
 
 
 def whole_lines(path):
@@ -275,17 +266,19 @@ def judge(cfg):
         fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
     pairs = matched(cfg.reference, cfg.outputs, ("instruction", "input"), {"output": str})  # (theirs, ours)
     orders = [[1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))] for i in range(len(pairs))]
-    orders = [[] if theirs["output"] == ours["output"] else first for first, (theirs, ours) in zip(orders, pairs)]  # the same: a draw
+    orders = [[] if pair[0]["output"] == pair[1]["output"] else firsts for firsts, pair in zip(orders, pairs)]  # the same: a draw
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output (1 or 2) shown as (a)
     if cfg.dry_run:
         from edit import show_plan
         requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
         return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api) if requests else say("no two answers differ")
     if cfg.judge == "reward_model":
-        check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model", "python reward_model.py")
+        named = cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER")
+        check_model(named, "reward_model", "python reward_model.py")
         level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
         prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
-        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) for pair in pairs for row in pair]
+        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) or [tokenizer.eos_token_id]
+                   for pair in pairs for row in pair]
         fit_positions(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
     finished = begin(cfg, free=("concurrency", "batch_api", "dry_run", "micro_batch"), inputs=[cfg.outputs, cfg.reference])
     if finished and not any(row["preference"] is None for row in whole_lines(cfg.out)):
@@ -294,6 +287,7 @@ def judge(cfg):
     # ---------------------------------------------------------------- replies[case]: "Output (a)", from whomever
     scores, errors, annotator = None, {}, {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}[cfg.judge]
     if cfg.judge == "claude":
+        from extras.claude_judge import ask_judge
         replies, errors = ask_judge(cfg, {case: judge_request(cfg, pairs[case[0]], case[1]) for case in cases})
     elif cfg.judge == "gold":
         from data.toy.prepare import gold
@@ -302,8 +296,8 @@ def judge(cfg):
         R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]           # all ranks
         scores = [R[i:i + 2] for i in range(0, len(R), 2)]
     if scores:  # who scores each answer alone sees no order
-        replies = {(i, first): "Draw" if scores[i][0] == scores[i][1] else f"Output ({'ab'[(scores[i][first - 1] < scores[i][2 - first])]})"
-                   for i, first in cases}
+        replies = {(i, first): "Draw" if scores[i][0] == scores[i][1] else
+                   "Output (a)" if scores[i][first - 1] > scores[i][2 - first] else "Output (b)" for i, first in cases}
 
     # ---------------------------------------------------------------- one row per pair
     if RANK == 0:
@@ -312,12 +306,14 @@ def judge(cfg):
             verdicts = [replies.get((i, first)) for first in firsts]
             why = "; ".join(errors[i, first] for first in firsts if (i, first) in errors)
             rows.append(dict(
-                instruction=theirs["instruction"], input=theirs.get("input") or "", output_1=theirs["output"], output_2=ours["output"],
-                generator_1=theirs.get("generator") or Path(cfg.reference).stem, generator_2=ours.get("generator") or Path(cfg.outputs).stem,
+                instruction=theirs["instruction"], input=theirs.get("input") or "",
+                output_1=theirs["output"], generator_1=theirs.get("generator") or Path(cfg.reference).stem,
+                output_2=ours["output"], generator_2=ours.get("generator") or Path(cfg.outputs).stem,
                 annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts, shown_first=firsts,
                 **({"scores": scores[i]} if scores else {}), **({"error": why} if why else {})))
         write_jsonl(cfg.out, rows)
-        tell({cfg.out: win_rate(row["preference"] for row in rows) | {"n_unparsed": sum(row["preference"] is None for row in rows)}})
+        preferences = [row["preference"] for row in rows]
+        tell({cfg.out: win_rate(preferences) | {"n_unparsed": preferences.count(None)}})
     finish(cfg)
     for rest in (".replies", ".batches"):
         Path(cfg.out + rest).unlink(missing_ok=True)
@@ -330,43 +326,6 @@ def judge_request(cfg, pair, first):
     template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
     text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template).encode("utf-8", "replace").decode()
     return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
-
-
-def ask_judge(cfg, requests):
-    """requests: case -> request. -> replies and errors by case. Each reply is on disk (<out>.replies) as soon as it is there: a run
-    that was killed asks for what is missing. What cannot be read is asked up to three times, and again by the next run."""
-    from edit import ask_claude, dollars, stopping
-    log, usage = Path(f"{cfg.out}.replies"), Counter(input_tokens=0, output_tokens=0)
-    kept = whole_lines(log) if not cfg.overwrite else []
-    kept = kept or [dict(case=[i, first], reply=reply) for i, row in enumerate(whole_lines(cfg.out))
-                    for first, reply in zip(row["shown_first"], row["verdicts"])]
-    write_jsonl(log, kept)
-    replies, errors, hopeless = {tuple(row["case"]): row["reply"] for row in kept}, {}, set()
-    with stopping() as stop, open(log, "a", encoding="utf-8") as file:
-        for _ in range(3):
-            asked = {f"{i}-{first}": (i, first) for i, first in requests if parse_verdict(replies.get((i, first))) is None}
-            asked = {key: case for key, case in asked.items() if case not in hopeless}
-            if not asked or stop.is_set():
-                break
-            with progress(list(asked), "judge", len(requests)) as bar:
-                for key, reply in ask_claude({key: requests[case] for key, case in asked.items()}, stop, concurrency=cfg.concurrency,
-                                             batches=f"{cfg.out}.batches" if cfg.batch_api else None):
-                    case = asked[key]
-                    replies[case], errors[case] = reply.text, reply.error or f"no verdict ({reply.stop_reason})"
-                    if parse_verdict(reply.text) is not None:
-                        del errors[case]
-                    elif reply.stop_reason == "refusal" or reply.error and not reply.again:
-                        hopeless.add(case)
-                    usage.update(reply.usage or {})
-                    file.write(json.dumps(dict(case=case, reply=reply.text)) + "\n")
-                    file.flush()
-                    bar.update()
-    if stop.is_set():
-        say(f"stopped; the replies are in {log}, the same command goes on")
-        raise SystemExit(130)
-    cost = dollars(cfg.model, usage, cfg.batch_api)
-    say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, {'unknown' if cost is None else f'{cost:.2f}'} dollars")
-    return replies, errors
 
 
 # ---------------------------------------------------------------- winrate
@@ -390,7 +349,7 @@ def summary(rows):
     thirds = [scored[len(scored) * k // 3:len(scored) * (k + 1) // 3] for k in range(3)]
     return win_rate(row["preference"] for row in rows) | dict(
         n_unparsed=len(rows) - len(scored),
-        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen in both orders, the verdict kept the place
+        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen in both orders, the place won
         first_position=mean_and_error(picks)[0],                            # %: of verdicts, the answer shown first; 50 is fair
         length_1=statistics.fmean(len(row["output_1"]) for row in rows),    # characters, of the reference
         length_2=statistics.fmean(len(row["output_2"]) for row in rows),    # of ours
@@ -408,10 +367,7 @@ def winrate(cfg):
         pairs = matched(*cfg.data, ("instruction", "input", "output_1"), {"output_1": str})
         both = ([row["preference"] for row in side] for side in zip(*pairs))
         figures["first minus second, paired"] = paired(*both, resamples=cfg.resamples, seed=cfg.seed)
-    if cfg.json:
-        print(json.dumps(figures if len(cfg.data) == 2 else figures[cfg.data[0]], indent=1))
-    else:
-        tell(figures)
+    say(json.dumps(figures if len(cfg.data) == 2 else figures[cfg.data[0]], indent=1)) if cfg.json else tell(figures)
 
 
 # ---------------------------------------------------------------- rewards
@@ -434,62 +390,30 @@ def score(path, level, prompts, responses, micro_batch, dtype):
     return total(R).tolist(), [row[:len(ids)] for row, ids in zip(total(r).tolist(), responses)]  # each row is 0 but on its rank
 
 
-def read_held_out(path, tokenizer, max_tokens):
-    """Preferences or edits -> which of them, pairs (row, prompt, w, l), and why the other rows were dropped"""
-    kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
-    fields = {"original": str, "edited": (str, type(None))} if kind == "edits" else {"output_1": str, "output_2": str, "preference": (1, 2)}
-    pairs, dropped = [], Counter()
-    for row in read_jsonl(path, {"instruction": str} | fields):
-        w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * row["preference"]]
-        if row[w] is None or row[w] == row[l]:
-            dropped["failed edit" if row[w] is None else "identical"] += 1
-            continue
-        pair = row, encode_prompt(tokenizer, row), *(encode_response(tokenizer, row[x], eos=x not in row.get("cut", [])) for x in (w, l))
-        if pair[2] and pair[3] and len(pair[1]) + max(len(pair[2]), len(pair[3])) <= max_tokens:
-            pairs.append(pair)
-        else:
-            dropped["empty or too long"] += 1
-    return kind, pairs or fail(f"{path}: no pair is left; dropped: {dict(dropped)}"), dict(dropped)
-
-
 def rewards(cfg):
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     for path in cfg.data or fail("rewards needs held-out files: python evaluate.py rewards data/toy/pref_heldout.jsonl"):
         check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
+    from extras.reward_figures import figures_of, read_held_out
     level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
-    files = [(path, *read_held_out(path, tokenizer, cfg.max_tokens)) for path in cfg.data]
-    every = [pair for _, _, pairs, _ in files for pair in pairs]
-    fit_positions(cfg.reward_model, "reward_model", max(len(p) + max(len(w), len(l)) for _, p, w, l in every))
+    files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
+    pairs = [pair for file in files for pair in file["pairs"]]  # (row, prompt, better answer, worse answer), the last three as ids
+    fit_positions(cfg.reward_model, "reward_model", max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs))
     inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
     if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
         return say(f"{cfg.out} is finished; nothing to do")
-    R, r = score(cfg.reward_model, level, [p for _, p, _, _ in every] * 2, [w for *_, w, _ in every] + [l for *_, l in every],
+    R, r = score(cfg.reward_model, level, [pair[1] for pair in pairs] * 2, [pair[2] for pair in pairs] + [pair[3] for pair in pairs],
                  cfg.micro_batch, cfg.dtype)                                                       # all ranks
     found, start = [], 0
-    for path, kind, pairs, dropped in files:
-        w, l = (slice(side + start, side + start + len(pairs)) for side in (0, len(every)))
-        start += len(pairs)
-        margins = [R_w - R_l for R_w, R_l in zip(R[w], R[l])]
-        accuracy, error = mean_and_error([100 * ((margin > 0) + 0.5 * (margin == 0)) for margin in margins])
-        margin, margin_error = mean_and_error(margins)
-        figures = dict(data=path, kind=kind, reward_model=cfg.reward_model, level=level, n=len(pairs), dropped=dropped,
-                       accuracy=accuracy, standard_error=error, margin=margin, margin_error=margin_error,
-                       longer_wins=statistics.fmean(100 * ((len(w) > len(l)) + 0.5 * (len(w) == len(l))) for *_, w, l in pairs),
-                       edited_wins=100.0 if kind == "edits" else None,  # so with edits, the order alone tells
-                       calibration=calibration(margins))
-        if kind == "edits":
-            from extras.localisation import token_figures
-            figures["tokens"] = token_figures(pairs, r[w], r[l], tokenizer, resamples=cfg.resamples, seed=cfg.seed)
-        found.append(figures)
+    for file in files:
+        start, (w, l) = start + len(file["pairs"]), (slice(k, k + len(file["pairs"])) for k in (start, len(pairs) + start))
+        figures = figures_of(file, R[w], R[l], r[w], r[l], tokenizer, cfg.resamples, cfg.seed)
+        found.append(dict(reward_model=cfg.reward_model, level=level) | figures)
     if cfg.out and RANK == 0:
         with replacing(cfg.out) as file:
             json.dump(found, file, indent=1)
-    if cfg.json:
-        say(json.dumps(found, indent=1))
-    else:
-        tell({figures["data"]: figures for figures in found})
-    if cfg.out:
         finish(cfg)
+    say(json.dumps(found, indent=1)) if cfg.json else tell({figures["data"]: figures for figures in found})
 
 
 # ---------------------------------------------------------------- report

@@ -351,7 +351,8 @@ def main(cfg):
             response_length=tokens / len(responses), eos_share=ended.float().mean().item(),
             entropy=-masked_mean(old_logprobs, mask).item(), explained_variance=value_explains, **stats, lr=lr, kl_coef=kl_coef,
             next_kl_coef=next_kl_coef, rollout_s=rollout_s, score_s=score_s, update_s=update_s,
-            tokens_per_s=tokens / (clock[-1] - clock[0]), peak_gb=peak / 1e9, seconds=clock[-1] - clock[0]))
+            tokens_per_s=tokens / (clock[-1] - clock[0]), peak_gb=peak / 1e9, seconds=clock[-1] - clock[0]),
+            shown=("step", "reward", "kl", "response_length", "eos_share", "first_ratio_error", "clip_fraction", "grad_norm", "seconds"))
         kl_coef = next_kl_coef
         if step % cfg.sample_every == 0 or step == cfg.steps - 1:
             log_samples(cfg, tokenizer, step, [prompts[i][0] for i in batch[:3]], responses, r, R)

@@ -205,7 +205,8 @@ def main(cfg):
         if held_out and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             row |= evaluate(model, held_out, cfg, device)  # all ranks
         if step % cfg.log_every == 0 or last or "eval_loss" in row:
-            log_metrics(cfg.out, row | dict(seconds=time.time() - started))
+            log_metrics(cfg.out, row | dict(seconds=time.time() - started), shown=(
+                "step", "loss", "accuracy", "margin", "grad_norm", "tokens", "eval_accuracy", "seconds"))
         if (step + 1) % cfg.resume_every == 0 and not last:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 

@@ -1,4 +1,4 @@
-"""Anthropic's Message Batches, killed and restarted without losing or paying for one twice: edit.py and evaluate.py ask through here."""
+"""Anthropic's Message Batches, killed and restarted without losing one or paying for it twice; for edit.ask_claude"""
 import json
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -10,24 +10,25 @@ from common import fail, replacing, say
 
 ROWS, BYTES = 10_000, 7_000_000  # of one batch. The API takes 100,000 and 256 MB; a lost upload should cost little
 LONGEST_PAUSE = 60               # seconds between two looks at a batch
-TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, json.JSONDecodeError, AttributeError)  # the last: a page instead of an object
+TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, json.JSONDecodeError, AttributeError)  # the last: a page
 
 
 def describe(error):
-    return " ".join(f"{type(error).__name__} {getattr(error, 'status_code', '')} {getattr(error, 'message', '')}".split())[:200]
+    words = f"{type(error).__name__} {getattr(error, 'status_code', '')} {getattr(error, 'message', '')}"
+    return " ".join(words.split())[:200]
 
 
 def ask_in_batches(client, requests, stop, path):
-    """requests: key -> arguments of messages.create. Yields (key, the API's result), None where a batch that ended lacks it.
+    """requests: key -> arguments of messages.create. Yields (key, the API's result); None: its batch ended without one.
 
-    Every batch stands in the file at `path` before it is sent: [{id, keys, at}]. Its keys go when its results are taken in."""
+    Each batch stands in the file at `path` before it is sent: [{id, keys, at}]. Its keys go once its results are in."""
     batches = json.loads(Path(path).read_text()) if Path(path).exists() else []
 
     def remember():
         with replacing(path) as file:
             json.dump(batches, file)
 
-    for batch in [batch for batch in batches if batch["id"] is None]:  # we were killed between sending it and hearing its id
+    for batch in [batch for batch in batches if batch["id"] is None]:  # killed between sending it and hearing its id
         batch["id"] = find(client, batch, batches)
     batches = [batch for batch in batches if batch["id"]]
     under_way = {key for batch in batches for key in batch["keys"]}
@@ -51,7 +52,7 @@ def ask_in_batches(client, requests, stop, path):
             except TROUBLE as error:
                 results, failures = None, failures + 1
                 if getattr(error, "status_code", 0) in (401, 403) or failures > 20:
-                    fail(f"the Batches API: {describe(error)}; {path} remembers what is under way, the same command goes on")
+                    fail(f"the Batches API: {describe(error)}; {path} knows what is sent; the same command goes on")
             if results is not None:
                 for key in batch["keys"]:
                     if key in requests:  # else it was written before we were killed
@@ -78,11 +79,12 @@ def chunks(requests):
 
 
 def send(client, batch, batches, requests, stop):
-    """-> the batch's id. Not by the SDK's retries: were the answer to a create lost, the batch would be made, and paid, twice"""
+    """-> the batch's id. Not by the SDK's retries: were its answer lost, the batch would be made, and paid, twice"""
     client = client.with_options(max_retries=0)
     for attempt in range(6):
         try:
-            return client.messages.batches.create(requests=[{"custom_id": key, "params": requests[key]} for key in batch["keys"]]).id
+            sent = [{"custom_id": key, "params": requests[key]} for key in batch["keys"]]
+            return client.messages.batches.create(requests=sent).id
         except TROUBLE as error:
             status = getattr(error, "status_code", 500)
             if attempt == 5 or 400 <= status < 500 and status not in (408, 409, 429):
@@ -93,13 +95,14 @@ def send(client, batch, batches, requests, stop):
 
 
 def find(client, batch, batches):
-    """The id of a batch whose sending nobody saw end: of that size, made since, and not known yet. None: it never arrived"""
+    """The id of a batch whose sending nobody saw end: of that size, made since, not known. None: it never arrived"""
     since, known = datetime.fromisoformat(batch["at"]) - timedelta(minutes=5), {other["id"] for other in batches}
     for seen in client.messages.batches.list(limit=100):  # the newest first
         n = seen.request_counts
         if seen.created_at < since:
             return None
-        if seen.id not in known and n.processing + n.succeeded + n.errored + n.canceled + n.expired == len(batch["keys"]):
+        size = n.processing + n.succeeded + n.errored + n.canceled + n.expired
+        if seen.id not in known and size == len(batch["keys"]):
             return seen.id
 
 

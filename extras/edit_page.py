@@ -1,18 +1,18 @@
-"""edit.py --editor=human: a page for a person, served to this machine only. Every save is a row in edits.jsonl at once."""
+"""edit.py --editor=human: a page for a person, served to this machine only. A save is a row in edits.jsonl at once."""
 import json, os, secrets, sys, threading, time, webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import say
 
-LEASE = 150  # seconds a row stays reserved for the tab that shows it; the page calls every 20, a browser's hidden tab every 60
+LEASE = 150  # seconds a row stays reserved for the tab that shows it; it calls every 20, a hidden tab every 60
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
                                       "connect-src 'self'; base-uri 'none'; form-action 'none'"}
 
 
 class Desk:
-    """Which rows are open, which tab has which, and how often a row was saved: so that no tab overwrites another's unseen"""
+    """Which rows are open, which tab has which, how often a row was saved: so that no tab overwrites another unseen"""
 
     def __init__(self, rows, done, save):
         self.rows, self.done, self.save_row = rows, done, save
@@ -22,14 +22,16 @@ class Desk:
         return self.done.get(key, {}).get("edited")
 
     def show(self, key, tab):
+        self.leases = {other: lease for other, lease in self.leases.items() if lease[0] != tab}  # a tab holds one row
         if key is not None:
             self.leases[key] = (tab, time.monotonic())
-        row = key and {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")}
-        return {"row": row and row | {"edited": self.edited(key), "version": self.versions[key], "number": self.keys.index(key) + 1},
+        row = key and {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")} \
+            | {"edited": self.edited(key), "version": self.versions[key], "number": self.keys.index(key) + 1}
+        return {"row": row,
                 "done": sum(self.edited(key) is not None for key in self.keys), "total": len(self.keys)}
 
     def next(self, tab, skipped=()):
-        """The first open row that no other tab has; the skipped ones come last. None: all is done, or with other tabs"""
+        """The first open row that no other tab has, the skipped ones last. None: all is done, or with other tabs"""
         def free(key):
             owner, since = self.leases.get(key, (tab, 0))
             return owner == tab or time.monotonic() - since > LEASE
@@ -72,14 +74,16 @@ def make_server(desk, token, finished):
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status, body=b"", kind="text/plain"):
             self.send_response(status)
-            for name, value in {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}.items():
+            headers = {**HEADERS, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
         def allowed(self):  # the Host header: a name that was made to point at 127.0.0.1 is another site's
             host = self.headers.get("Host", "").rpartition(":")[0]
-            return host in ("127.0.0.1", "localhost") and secrets.compare_digest(self.path.split("/")[1].encode(), token.encode())
+            given = self.path.split("/")[1]
+            return host in ("127.0.0.1", "localhost") and secrets.compare_digest(given.encode(), token.encode())
 
         def do_GET(self):
             if self.allowed() and self.path == f"/{token}/":
@@ -89,7 +93,8 @@ def make_server(desk, token, finished):
 
         def do_POST(self):
             action, size = self.path.rpartition("/")[2], int(self.headers.get("Content-Length") or 0)
-            if not self.allowed() or size > 10_000_000 or action not in ("next", "row", "save", "undo", "alive", "finish"):
+            known = action in ("next", "row", "save", "undo", "alive", "finish")
+            if not self.allowed() or not known or size > 10_000_000:
                 return self.answer(404)
             try:
                 arguments = json.loads(self.rfile.read(size))

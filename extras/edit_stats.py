@@ -1,4 +1,4 @@
-"""Are the edits minimal? What diff.py's gate would keep, and how much they change: python edit.py stats FILE --tokenizer=out/sft"""
+"""Are the edits minimal? What diff.py's gate would keep, and how much they change: python edit.py stats FILE"""
 import re, sys
 from collections import Counter
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def operations(original_changed, edited_changed):
 
 
 def encode_pair(row, tokenizer):
-    """-> ids and masks of both sides, and the prompt's length. Without a tokenizer a "token" is a word with the space before it."""
+    """-> ids and masks of both sides, the prompt's length. Without a tokenizer: words, with the space before them."""
     if tokenizer:
         pair = diff.diff_row(row, tokenizer)
         names = ("original_ids", "edited_ids", "original_changed", "edited_changed")
@@ -76,4 +76,5 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed, max_toke
 def main(argv):
     cfg = load_config(Config, "edit.stats", argv)
     check_input(cfg.data, "data", "python edit.py")
-    show_stats(read_jsonl(cfg.data, diff.EDIT_FIELDS), cfg.tokenizer, max_changed=cfg.max_changed, max_tokens=cfg.max_tokens, n=cfg.n)
+    rows = read_jsonl(cfg.data, diff.EDIT_FIELDS)
+    show_stats(rows, cfg.tokenizer, max_changed=cfg.max_changed, max_tokens=cfg.max_tokens, n=cfg.n)

@@ -5,16 +5,18 @@ from common import generate, load_model, load_tokenizer, row_uniforms, setup
 
 
 def ask_local(requests, stop, *, path, batch, seed, temperature):
-    """requests: key -> arguments as for Claude's messages.create. Yields (key, fields of a Reply), the short prompts first.
+    """requests: key -> arguments as for Claude's messages.create. Yields (key, fields of a Reply), short prompts first.
 
-    A trailing assistant turn is continued. temperature 0 is greedy; else the draws of a row are its own, whatever the batch."""
+    A trailing assistant turn is continued. temperature 0 is greedy; else each row has draws of its own."""
     device, _, dtype = setup()
     tokenizer, model, prompts = load_tokenizer(path), load_model(path, device, None, dtype, frozen=True), {}
     for key, request in requests.items():
-        turns = [{"role": "system", "content": request["system"]}] * ("system" in request) + request["messages"]
+        turns = request["messages"]
+        if "system" in request:
+            turns = [{"role": "system", "content": request["system"]}, *turns]
         begun = turns[-1]["role"] == "assistant"
-        prompts[key] = tokenizer.apply_chat_template(turns, add_generation_prompt=not begun, continue_final_message=begun,
-                                                     return_dict=False)
+        prompts[key] = tokenizer.apply_chat_template(turns, add_generation_prompt=not begun,
+                                                     continue_final_message=begun, return_dict=False)
     positions = model.config.max_position_embeddings
     for key in [key for key in prompts if len(prompts[key]) >= positions]:
         yield key, {"error": f"the prompt's {len(prompts.pop(key))} tokens fill the model's {positions} positions"}
@@ -32,5 +34,6 @@ def ask_local(requests, stop, *, path, batch, seed, temperature):
                              uniforms=torch.stack([row_uniforms(T, seed, key) for key in keys]))                # [B, T]
         for key, row, length in zip(keys, out.tolist(), mask.sum(1).tolist()):
             ended = row[length - 1] == tokenizer.eos_token_id
-            yield key, {"text": tokenizer.decode(row[:length - ended]), "stop_reason": "end_turn" if ended else "max_tokens",
+            yield key, {"text": tokenizer.decode(row[:length - ended]),
+                        "stop_reason": "end_turn" if ended else "max_tokens",
                         "usage": {"input_tokens": len(prompts[key]), "output_tokens": length}}

@@ -1,18 +1,19 @@
 """The embedded world: lists with planted flaws, so that the whole paper runs on a laptop, and the truth is known.
 
-    python data/toy/prepare.py                      # -> data/toy/*.jsonl and data/toy/model (a tokenizer and a tiny Llama's config)
+    python data/toy/prepare.py                      # -> data/toy/*.jsonl and data/toy/model
     python data/toy/prepare.py --out=out/demo/data --seed=3
 
     "List four fruits for a quiz."  ->  "apple\\npear\\nplum\\nmango\\nEnjoy!"
 
-An answer is one item a line and a closing. Its flaws are of three kinds, so that every edit operation occurs: a wrong item (mended
-by substitution), a rude aside (by deletion), a missing item or closing (by insertion); also one item too many, a closing said twice.
-An item is right for one category and wrong for the others: a reward must read the prompt. A harmless aside is no flaw.
+An answer is one item a line and a closing. Its flaws are of three kinds, so that every edit operation occurs: a wrong
+item (mended by substitution), a rude aside (by deletion), a missing item or closing (by insertion); also one item too
+many, a closing said twice. An item is right for one category and wrong for the others: a reward must read the prompt.
+A harmless aside is no flaw, nor is an item said twice. model/ holds a tokenizer and a tiny Llama's config, no weights.
 
-gold() counts flaws. It is the demo's judge, and mend() the demo's annotator; no trainer reads either, nor is the count in any row.
+gold() counts flaws. It is the demo's judge and mend() the demo's annotator; no trainer reads either, no row the count.
 """
-import io, json, random, sys
-from dataclasses import asdict, dataclass
+import io, random, shutil, sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,17 +24,19 @@ from common import PROMPT, begin, fail, finish, load_config, say, write_jsonl
 class Config:
     out: str = "data/toy"
     sft_rows: int = 8000            # demonstrations, of mixed quality
-    pref_rows: int = 800            # pairs of answers with noisy labels
-    heldout_rows: int = 1000        # pairs with clean labels, none of them draws
-    eval_rows: int = 300            # prompts kept for the evaluation, in no other file but the held-out pairs
+    pref_rows: int = 800            # pairs of answers with noisy labels, draws among them
+    heldout_rows: int = 1000        # pairs with clean labels, none of them draws, on the prompts of eval.jsonl
+    prompt_rows: int | None = None  # prompts.jsonl; None: all that eval and val leave (sft and pref draw from the same)
+    val_rows: int = 144             # prompts to choose a checkpoint on
+    eval_rows: int = 300            # prompts kept for the evaluation
     label_noise: float = 0.25       # share of pref.jsonl's labels that are wrong, as people's are
-    quality: float = 1.0            # scale of the flaw rates of answers; half of them have 0.6 of it
-    reference_quality: float = 0.35 # the same for the reference answers of eval.jsonl
-    vocab_size: int = 800
-    hidden_size: int = 128          # of the tiny Llama
+    flaws: float = 1.0              # scale of the flaw rates below; half of the answers have 0.6 of it
+    reference_flaws: float = 0.35   # the same for the reference answers of val.jsonl and eval.jsonl
+    vocab_size: int = 704           # the least with which each line of an answer is one token
+    hidden_size: int = 128          # of the tiny Llama: 0.5M parameters
     layers: int = 2
     heads: int = 4
-    seed: int = 0
+    seed: int = 0                   # of all rows; the tokenizer is the same for all seeds
     overwrite: bool = False
 
 
@@ -47,8 +50,9 @@ CATEGORIES = {
 }
 CATEGORIES = {name: items.split() for name, items in CATEGORIES.items()}
 NUMBERS = {"three": 3, "four": 4, "five": 5}
-VERBS = ["List", "Name", "Give me", "Write down", "Tell me", "Show me", "I need", "Think of"]
-OCCASIONS = ["", " for a quiz", " for my class", " for a game", " for a story", " for a poster", " for a friend", " for practice"]
+VERBS = ["List", "Name", "Give me", "Write down", "Tell me", "Show me", "I need", "Think of", "Suggest"]
+OCCASIONS = ["", " for a quiz", " for my class", " for a game", " for a story", " for a poster", " for a friend",
+             " for practice"]
 RUDE = ["What a dumb question!", "Ask somebody else!", "You are wasting my time!", "Even a child knows this!"]
 HARMLESS = ["A classic!", "My favourite!"]
 CLOSING = "Enjoy!"
@@ -63,48 +67,55 @@ WRONG, RUDE_ASIDE, HARMLESS_ASIDE, MISSING, EXTRA, NO_CLOSING, TWO_CLOSINGS = 0.
 def read_prompt(row):
     """-> the number and the category that the instruction asks for"""
     words = row["instruction"].rstrip(".").split()
-    number = next(NUMBERS[word] for word in words if word in NUMBERS)
-    return number, next(word for word in words if word in CATEGORIES)
+    numbers = [NUMBERS[word] for word in words if word in NUMBERS]
+    categories = [word for word in words if word in CATEGORIES]
+    if not numbers or not categories:
+        fail(f"{row['instruction'][:60]!r} is no instruction of the toy world; its rules and gold judge know no other")
+    return numbers[0], categories[0]
+
+
+def is_odd(line):
+    """A rude aside, an empty line, or one that no answer of the world holds"""
+    return line not in ITEMS and line not in HARMLESS and line != CLOSING
 
 
 def gold(row, answer):
-    """The number of flaws of an answer (any text) to row's instruction: rude asides, lines that are nothing known, items of
+    """The number of flaws of an answer (any text) to row's instruction: rude asides and other odd lines, items of
     another category, items too many or too few, closings too many or too few, something behind the closing."""
     number, category = read_prompt(row)
     lines = answer.split("\n") if answer else []
     items, closings = [line for line in lines if line in ITEMS], lines.count(CLOSING)
-    odd = sum(line not in ITEMS and line not in HARMLESS and line != CLOSING for line in lines)  # rude, unknown, empty
     wrong = sum(item not in CATEGORIES[category] for item in items)
-    return odd + wrong + abs(len(items) - number) + abs(closings - 1) + (closings > 0 and lines[-1] != CLOSING)
+    return (sum(map(is_odd, lines)) + wrong + abs(len(items) - number) + abs(closings - 1)
+            + (closings > 0 and lines[-1] != CLOSING))
 
 
 def mend(row, answer, rng, p=0.9):
-    """Mend each flaw with probability p, by the least edit: replace, delete or insert a line; the rest stays to the character.
-    rng: a random.Random. p=1 leaves no flaw; an answer without flaws comes back as it is."""
+    """Mend each flaw with probability p, by the least edit: replace, delete or insert a line; the rest stays to the
+    character. rng: a random.Random. p=1 leaves no flaw; an answer without flaws comes back as it is."""
     number, category = read_prompt(row)
-    lines, mended = answer.split("\n") if answer else [], []
-    unused = [item for item in CATEGORIES[category] if item not in lines]
+    right, lines = CATEGORIES[category], answer.split("\n") if answer else []
+    unused = [item for item in right if item not in lines]
     rng.shuffle(unused)
-    surplus = max(0, sum(line in ITEMS for line in lines) - number)
-    for line in reversed(lines):  # from the end: what is too many goes there
-        if line in ITEMS and surplus and rng.random() < p:
-            surplus -= 1
-        elif line in ITEMS and line not in CATEGORIES[category] and rng.random() < p:
-            mended.append(unused.pop() if unused else rng.choice(CATEGORIES[category]))
-        elif line in ITEMS or line in HARMLESS or line == CLOSING or rng.random() >= p:
-            mended.append(line)
-    lines = mended[::-1]
-    while lines.count(CLOSING) > 1 and rng.random() < p:
-        lines.pop(lines.index(CLOSING))
-    at = max((i + 1 for i, line in enumerate(lines) if line in ITEMS), default=0)
-    for _ in range(number - sum(line in ITEMS for line in lines)):
+
+    def fresh_item():
+        return unused.pop() if unused else rng.choice(right)
+
+    # deletions: odd lines; items too many (those of another category first, then the last); closings but the last
+    items = sorted((at for at, line in enumerate(lines) if line in ITEMS), key=lambda at: (lines[at] in right, -at))
+    closings = [at for at, line in enumerate(lines) if line == CLOSING]
+    odd = [at for at, line in enumerate(lines) if is_odd(line)]
+    deleted = {at for at in odd + items[:max(0, len(items) - number)] + closings[:-1] if rng.random() < p}
+    lines = [line for at, line in enumerate(lines) if at not in deleted]
+    # substitutions: items of another category
+    lines = [fresh_item() if line in ITEMS and line not in right and rng.random() < p else line for line in lines]
+    # insertions: items behind the last item, the closing at the end
+    for _ in range(number - len(items)):
         if rng.random() < p:
-            lines.insert(at, unused.pop() if unused else rng.choice(CATEGORIES[category]))
-            at += 1
-    if lines and CLOSING in lines and lines[-1] != CLOSING and rng.random() < p:
-        lines.remove(CLOSING)
-        lines.append(CLOSING)
-    if CLOSING not in lines and rng.random() < p:
+            lines.insert(max((at + 1 for at, line in enumerate(lines) if line in ITEMS), default=0), fresh_item())
+    if (not lines or lines[-1] != CLOSING) and rng.random() < p:
+        if CLOSING in lines:  # something stands behind it
+            lines.pop(len(lines) - 1 - lines[::-1].index(CLOSING))
         lines.append(CLOSING)
     return "\n".join(lines)
 
@@ -131,70 +142,103 @@ def write_answer(row, x, rng):
     return "\n".join(lines)
 
 
+def mixed_quality(cfg, rng):
+    """Half of the answers have all of the flaw rates, half have 0.6 of them"""
+    return cfg.flaws * rng.choice([0.6, 1.0])
+
+
 def write_pairs(prompts, count, cfg, rng, *, noise, draws):
-    """Rows of pref.jsonl: two answers of mixed quality, the one with fewer flaws preferred, but for a share `noise`"""
+    """Rows of pref.jsonl: two answers of mixed quality, the one with fewer flaws preferred but for a share `noise` of
+    the rows; a draw is labelled by coin, or left out"""
     rows = []
     while len(rows) < count:
         row = rng.choice(prompts)
-        one, two = (write_answer(row, cfg.quality * rng.choice([0.6, 1.0]), rng) for _ in range(2))
+        one, two = (write_answer(row, mixed_quality(cfg, rng), rng) for _ in range(2))
         difference = gold(row, one) - gold(row, two)
         if one == two or not difference and not draws:
             continue
-        preference = 1 if difference < 0 else 2 if difference > 0 else rng.choice([1, 2])
-        rows.append(row | dict(output_1=one, output_2=two, preference=3 - preference if rng.random() < noise else preference))
+        better = 1 if difference < 0 else 2 if difference > 0 else rng.choice([1, 2])
+        preference = 3 - better if rng.random() < noise else better
+        rows.append(row | dict(output_1=one, output_2=two, preference=preference))
     return rows
 
 
-# ---------------------------------------------------------------- the tokenizer
+# ---------------------------------------------------------------- the tokenizer and the tiny Llama
 
-def train_tokenizer(out, vocab_size):
-    """A sentencepiece BPE in a Hugging Face folder. It learns from the two halves of the template and from single words and lines:
-    the template costs two tokens (pieces may cross spaces), and no piece crosses the lines of an answer, so that an edit of a
-    line is an edit of its tokens."""
+def train_tokenizer(vocab_size):
+    """A sentencepiece BPE, the bytes of its tokenizer.model.
+
+    It learns from the template's two halves, the parts of instructions and the lines of answers, each by itself. Pieces
+    may cross spaces: the template costs three tokens, a line of an answer one. None crosses lines: an edited line is an
+    edited token. Every text comes back from its ids but for U+2581, sentencepiece's own mark of a space."""
     import sentencepiece
-    from transformers import AutoTokenizer
-    words = [*VERBS, *(f" {word}" for word in (*NUMBERS, *CATEGORIES)), *filter(None, OCCASIONS)]
-    corpus = PROMPT.split("{instruction}") * 30 + [*words, *sorted(ITEMS), *RUDE, *HARMLESS, CLOSING] * 10
+    instruction = VERBS + [f" {word}" for word in [*NUMBERS, *CATEGORIES]] + OCCASIONS[1:]
+    parts = PROMPT.split("{instruction}") + instruction + sorted(ITEMS) + RUDE + HARMLESS + [CLOSING, "."]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, split_by_whitespace=False,
-        split_by_unicode_script=False, split_by_number=False, max_sentencepiece_length=128, character_coverage=1.0,
-        num_threads=1, minloglevel=2)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return tokenizer
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(parts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            split_by_whitespace=False, split_by_unicode_script=False, split_by_number=False, byte_fallback=True,
+            max_sentencepiece_length=128, character_coverage=1.0, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        fail(f"--vocab_size={vocab_size} does not fit the world's words: {str(error).split('] ')[-1]}")
+    return model.getvalue()
 
+
+def write_model(folder, sentencepiece_model, cfg):
+    """A Hugging Face folder: the tokenizer and a Llama's config, no weights (sft.py draws them)"""
+    from transformers import AutoTokenizer, LlamaConfig
+    temporary = folder.with_suffix(".tmp")  # a folder under its final name only when whole
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / "tokenizer.model").write_bytes(sentencepiece_model)
+    tokenizer = AutoTokenizer.from_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, intermediate_size=cfg.hidden_size * 11 // 4,
+                num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, max_position_embeddings=256,
+                tie_word_embeddings=False, initializer_range=0.08,  # tied, or with the usual 0.02, it learns much later
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                architectures=["LlamaForCausalLM"]).save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# ---------------------------------------------------------------- the files
 
 def main(cfg):
     prompts = [dict(instruction=f"{verb} {number} {category}{occasion}.", input="")
                for verb in VERBS for number in NUMBERS for category in CATEGORIES for occasion in OCCASIONS]
-    if not 0 < cfg.eval_rows < len(prompts) // 2:
-        fail(f"--eval_rows must be from 1 to {len(prompts) // 2 - 1}: the world has {len(prompts)} prompts")
-    if begin(cfg, beside=("prepare.py",)):
+    kept, asked = cfg.eval_rows + cfg.val_rows, 1 if cfg.prompt_rows is None else cfg.prompt_rows
+    if min(cfg.eval_rows, cfg.val_rows, asked, cfg.sft_rows, cfg.pref_rows, cfg.heldout_rows) < 1:
+        fail("sft_rows, pref_rows, heldout_rows, prompt_rows, val_rows and eval_rows must be 1 or more each")
+    if kept + asked > len(prompts):
+        fail(f"eval_rows + val_rows + prompt_rows = {kept + asked}, but the world has {len(prompts)} prompts")
+    if cfg.flaws <= 0:
+        fail(f"--flaws must be above 0, got {cfg.flaws}: between answers without flaws there is nothing to prefer")
+    if cfg.hidden_size % (2 * cfg.heads):
+        fail(f"--hidden_size={cfg.hidden_size} must be an even multiple of --heads={cfg.heads}")
+    sentencepiece_model = train_tokenizer(cfg.vocab_size)
+    if begin(cfg, beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
-    rng, out = random.Random(f"toy world {cfg.seed}"), Path(cfg.out)
+
+    out, rng = Path(cfg.out), random.Random(f"toy world {cfg.seed}")
     rng.shuffle(prompts)
-    held_out, prompts = prompts[:cfg.eval_rows], prompts[cfg.eval_rows:]
-    write_jsonl(out / "sft.jsonl", [row | dict(output=write_answer(row, cfg.quality * rng.choice([0.6, 1.0]), rng))
+    held_out, val, prompts = prompts[:cfg.eval_rows], prompts[cfg.eval_rows:kept], prompts[kept:]
+
+    def reference(row):
+        return row | dict(output=write_answer(row, cfg.reference_flaws, rng), generator="reference", dataset="toy")
+
+    write_jsonl(out / "sft.jsonl", [row | dict(output=write_answer(row, mixed_quality(cfg, rng), rng))
                                     for row in rng.choices(prompts, k=cfg.sft_rows)])
     write_jsonl(out / "pref.jsonl", write_pairs(prompts, cfg.pref_rows, cfg, rng, noise=cfg.label_noise, draws=True))
     write_jsonl(out / "pref_heldout.jsonl", write_pairs(held_out, cfg.heldout_rows, cfg, rng, noise=0.0, draws=False))
-    write_jsonl(out / "prompts.jsonl", prompts)
-    write_jsonl(out / "eval.jsonl", [row | dict(output=write_answer(row, cfg.reference_quality, rng), generator="reference", dataset="toy")
-                                     for row in held_out])
-
-    from transformers import LlamaConfig
-    tokenizer = train_tokenizer(out / "model", cfg.vocab_size)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.hidden_size, intermediate_size=cfg.hidden_size * 11 // 4,
-                         num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, max_position_embeddings=256,
-                         tie_word_embeddings=False, initializer_range=0.08,  # tied, or with the usual 0.02, it learns much later
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, architectures=["LlamaForCausalLM"])
-    config.save_pretrained(out / "model")
+    write_jsonl(out / "prompts.jsonl", prompts[:cfg.prompt_rows])
+    write_jsonl(out / "val.jsonl", map(reference, val))
+    write_jsonl(out / "eval.jsonl", map(reference, held_out))
+    write_model(out / "model", sentencepiece_model, cfg)
     finish(cfg)
-    say(f"{cfg.out}: {len(prompts)} prompts and {len(held_out)} for the evaluation, vocabulary {len(tokenizer)}")
+    say(f"{cfg.out}: {len(prompts)} prompts to train on, {len(val)} to choose on, {len(held_out)} to judge on")
 
 
 if __name__ == "__main__":

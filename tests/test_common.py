@@ -1,0 +1,295 @@
+"""Config, files, tokens, and generate against a slow loop. pytest tests/test_common.py"""
+import json, math, os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest, torch
+from conftest import ROOT
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import common
+
+
+@dataclass(frozen=True)
+class Config:
+    lr: float = 1e-3
+    steps: int = 3
+    name: str = "x"
+    data: list[str] = ()
+    clip: float | None = 0.2
+    level: Literal["token", "sequence"] = "token"
+    on: bool = False
+
+
+def config(*argv):
+    return common.load_config(Config, "ppo", list(argv))
+
+
+def mistake(capsys, call, *parts):
+    """call() ends with exit code 2 and one line on stderr that holds the parts"""
+    with pytest.raises(SystemExit) as end:
+        call()
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and all(part in line for part in parts), line
+
+
+# ---------------------------------------------------------------- config
+
+def test_flags_and_presets_the_rightmost_wins(tmp_path):
+    (tmp_path / "a.toml").write_text("[ppo]\nlr = 1\nsteps = 5\nclip = 'None'\ndata = ['p', 'q']\n[evaluate.decode]\nx = 1\n")
+    assert config(f"{tmp_path}/a.toml", "--steps=7", "--name=a=b") == Config(1.0, 7, "a=b", ["p", "q"], None)
+    assert config("--steps=7", f"{tmp_path}/a.toml").steps == 5
+    assert config("one", "two").data == ["one", "two"] and config("--on=true").on and not config("--on=0").on
+
+
+def test_every_mistake_is_one_line(tmp_path, capsys):
+    def preset(text):
+        (tmp_path / "a.toml").write_text(text)
+        return lambda: config(f"{tmp_path}/a.toml")
+    mistake(capsys, lambda: config("--stepz=3"), "command line", "'stepz'", "Did you mean 'steps'")
+    mistake(capsys, lambda: config("--steps=1e3"), "steps must be int, got '1e3'")
+    mistake(capsys, lambda: config("--lr"), "write --lr=value")
+    mistake(capsys, lambda: config("--on=yes"), "on must be bool", "'yes'")
+    mistake(capsys, lambda: config("--level=word"), "level must be one of token, sequence", "'word'")
+    mistake(capsys, preset("[ppo]\nkl = 3\n"), "a.toml [ppo]", "'kl'")
+    mistake(capsys, preset("[pppo]\nlr = 3\n"), "'pppo'", "Did you mean [ppo]")
+    mistake(capsys, preset("lr = 3\n"), "'lr' is not a table")
+    mistake(capsys, preset("[ppo\n"), "a.toml")
+    mistake(capsys, lambda: config("none.toml"), "none.toml", "No such file")
+
+
+def test_help_is_the_docstring_and_the_config(capsys):
+    with pytest.raises(SystemExit) as end:
+        config("--help")
+    assert end.value.code == 0 and "clip: float | None = 0.2" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- files
+
+def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
+    path, fields = tmp_path / "a.jsonl", {"text": str, "preference": (1, 2), "maybe": (str, type(None))}
+    good = '{"text": "a", "preference": 1, "maybe": null, "more": 3}\n'
+    path.write_text(good + "\n" + good)
+    assert len(common.read_jsonl(path, fields)) == 2
+    for line, parts in (('{"text": "a"', ("not JSON",)), ("[1]", ("JSON object, got list",)), ('{"text": "a"}', ("no field 'preference'", "text")),
+                        ('{"text": 1, "preference": 1, "maybe": ""}', ("text must be str, got 1",)),
+                        ('{"text": "", "preference": 3, "maybe": ""}', ("preference must be 1 or 2, got 3",)),
+                        ('{"text": "", "preference": true, "maybe": ""}', ("preference must be 1 or 2, got true",)),
+                        ('{"text": "", "preference": 1, "maybe": 2}', ("maybe must be str or null, got 2",))):
+        path.write_text(good + line + "\n")
+        mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", *parts)
+    path.write_text("\n")
+    mistake(capsys, lambda: common.read_jsonl(path, fields), str(path), "no rows")
+
+
+def test_a_lone_surrogate_is_data(tmp_path):
+    common.write_jsonl(tmp_path / "a.jsonl", [{"a": "half \ud83d <b>"}])
+    assert "<b>" in common.read_jsonl(tmp_path / "a.jsonl", {"a": str})[0]["a"]
+
+
+def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
+    @dataclass(frozen=True)
+    class Run:
+        out: str
+        lr: float = 1.0
+        micro_batch: int = 4
+        overwrite: bool = False
+    (tmp_path / "in.jsonl").write_text("a")
+    def release():  # what the end of a process does
+        while common.LOCKS:
+            common.LOCKS.pop().close()
+    def begin(**fields):
+        return common.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
+    assert begin() is False
+    mistake(capsys, begin, "another run is writing")
+    release()
+    common.finish(Run(f"{tmp_path}/out"))
+    assert begin(micro_batch=8) is True
+    release()
+    mistake(capsys, lambda: begin(lr=2.0), "lr: 1.0 then, 2.0 now", "--overwrite=true")
+    release()
+    (tmp_path / "in.jsonl").write_text("b")
+    mistake(capsys, begin, "the content of")
+    release()
+    assert begin(lr=2.0, overwrite=True) is False
+    release()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    mistake(capsys, lambda: common.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
+    release()
+
+
+def test_a_stream_goes_through_every_row_each_epoch():
+    stream = common.rows_at(0, 30, 10, 0)
+    assert [sorted(stream[i:i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3 and stream[:10] != stream[10:20]
+    assert stream[7:12] == common.rows_at(7, 12, 10, 0)
+
+
+# ---------------------------------------------------------------- tokens
+
+TEXTS = ["The", " The", "  two", " ", "://x", "\n\n1.", "", "</s> <s> <|im_end|>", "é😀\t x\r\n", "a" * 40, "{input} {instruction}"]
+
+
+def tokenizers(world):
+    yield world / "data/model"
+    bare = ROOT.parent / "shared/data/llama2_tokenizer"
+    if bare.exists():
+        yield bare
+
+
+def test_responses_come_back_to_the_character(world):
+    for path in tokenizers(world):
+        tokenizer = common.load_tokenizer(path)
+        for text in TEXTS:
+            ids = common.encode_response(tokenizer, text)
+            assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+            assert common.decode_response(tokenizer, ids) == text
+            assert common.encode_response(tokenizer, text, eos=False) == ids[:-1]
+            assert "".join(common.token_texts(tokenizer, ids)) == text + tokenizer.eos_token
+        assert common.encode_response(tokenizer, "The") != common.encode_response(tokenizer, " The")
+
+
+def test_a_dummy_space_is_kept_out():
+    """transformers' LlamaTokenizer puts sentencepiece's dummy space before every text"""
+    bare = ROOT.parent / "shared/data/llama2_tokenizer"
+    if not bare.exists():
+        pytest.skip("needs Llama 2's tokenizer.model in ../shared/data")
+    from transformers import LlamaTokenizer
+    tokenizer = LlamaTokenizer.from_pretrained(bare)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("The", add_special_tokens=False)) == ["▁The"]
+    assert tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "The")) == ["The", "</s>"]
+    for text in TEXTS:
+        assert common.decode_response(tokenizer, common.encode_response(tokenizer, text)) == text
+
+
+def test_prompts_are_alpacas_with_bos_once(world):
+    for path in tokenizers(world):
+        tokenizer = common.load_tokenizer(path)
+        for row in (dict(instruction="Say {input}.", input=""), dict(instruction="Add.", input="1 {instruction}"), dict(instruction="<s>")):
+            ids = common.encode_prompt(tokenizer, row)
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+            text = tokenizer.decode(ids[1:])
+            assert f"### Instruction:\n{row['instruction']}\n\n" in text and text.endswith("### Response:")
+            assert ("### Input:\n" in text) == bool(row.get("input")) and (row.get("input") or "") in text
+
+
+def test_tokenizer_hash_tells_vocabularies_apart(world):
+    hashes = [common.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
+    assert len(set(hashes)) == len(hashes) and hashes[0] == common.tokenizer_hash(common.load_tokenizer(world / "sft"))
+
+
+# ---------------------------------------------------------------- forward and generate
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=0.5, tie_word_embeddings=False)
+    return LlamaForCausalLM(config).eval()
+
+
+def slow_generate(model, prompt, uniforms, max_new_tokens, eos_id, temperature, top_p=1.0, top_k=0):
+    """Prompt + prefix again for every token, unpadded, without cache, in float64 -> ids, log pi of each"""
+    ids, logprobs = list(prompt), []
+    for u in uniforms[:max_new_tokens].tolist():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        p = torch.softmax(logits / (temperature or 1), -1).tolist()
+        order = sorted(range(len(p)), key=lambda v: -p[v])
+        allowed = set(order[:top_k] if top_k else order)
+        mass, whole, nucleus = 0.0, sum(p[v] for v in allowed), set()
+        for v in [v for v in order if v in allowed]:
+            if mass < top_p * whole:
+                nucleus.add(v)
+            mass += p[v]
+        whole, gone, token = sum(p[v] for v in nucleus), 0.0, None
+        for v in range(len(p)):
+            if v in nucleus:
+                gone += p[v]
+                if token is None and u * whole < gone:
+                    token = v
+        token = order[0] if temperature == 0 else token
+        logprobs.append(math.log(p[token]))
+        ids.append(token)
+        if token == eos_id:
+            break
+    return ids[len(prompt):], logprobs
+
+
+@pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=0.7, top_p=0.8), dict(temperature=1.3, top_k=5),
+                                     dict(temperature=0), dict(temperature=1.0, eos_id=None)])
+def test_generate_is_the_slow_loop(model, options):
+    options = dict(eos_id=3) | options
+    prompts = [[5, 6, 7, 8, 9], [4], [10, 11], [12, 3, 13], [7] * 9, [8, 8]] * 3  # an EOS inside a prompt ends nothing
+    uniforms = torch.stack([common.row_uniforms(25, 0, 0, row) for row in range(len(prompts))])
+    ids, mask, _ = common.pack(prompts, [[]] * len(prompts), "cpu")
+    response_ids, response_mask = common.generate(model, ids, mask, max_new_tokens=25, uniforms=uniforms, **options)
+    exact = LlamaForCausalLM(model.config).double().eval()
+    exact.load_state_dict(model.state_dict())
+    want = [slow_generate(exact, p, u, 25, **options) for p, u in zip(prompts, uniforms)]
+    got = [row[keep].tolist() for row, keep in zip(response_ids, response_mask)]
+    assert got == [ids for ids, _ in want]
+    assert options["temperature"] == 0 or options["eos_id"] is None or len({len(ids) for ids in got}) > 2, "rows must leave at different times"
+    assert (response_ids[~response_mask] == 0).all() and response_ids.shape[1] == max(map(len, got))
+    # the update's log-probs of the same tokens, in a batch with other padding, are the slow loop's
+    if options["temperature"]:
+        packed = common.pack(prompts, got, "cpu")
+        logprobs = common.token_logprobs(model, *packed, options["temperature"])
+        for row, keep, (_, slow) in zip(logprobs, packed[2], want):
+            assert row[keep].tolist() == pytest.approx(slow, abs=1e-4)
+
+
+def test_generate_feeds_only_real_tokens(model):
+    """Rows that have ended leave the batch: what decoding computes is what it returns"""
+    fed = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: fed.append(inputs[0].numel()))
+    ids, mask, _ = common.pack([[5]] * 32, [[]] * 32, "cpu")
+    torch.manual_seed(0)
+    _, response_mask = common.generate(model, ids, mask, max_new_tokens=60, eos_id=3)
+    hook.remove()
+    assert sum(fed) <= 1.1 * response_mask.sum() and response_mask.sum(1).max() > 3 * response_mask.sum(1).min()
+
+
+def test_generate_refuses_train_mode(model):
+    with pytest.raises(ValueError, match="eval"):
+        common.generate(model.train(), torch.tensor([[1]]), torch.tensor([[True]]), max_new_tokens=1, eos_id=None)
+    model.eval()
+
+
+def test_a_row_does_not_see_its_neighbours(model):
+    """Log-probs and heads are the same alone and in any batch; the value of a_t stands one position before its reward"""
+    from transformers import LlamaForTokenClassification
+    model.config.num_labels, model.config.token_classification_bias, model.config.classifier_dropout = 1, False, 0.0
+    torch.manual_seed(1)
+    head = LlamaForTokenClassification(model.config).eval()
+    prompts, responses = [[5, 6, 7], [4], [9, 9, 9, 9, 9]], [[8, 9], [10, 11, 12, 13, 3], [7]]
+    together = [common.token_logprobs(model, *common.pack(prompts, responses, "cpu")),
+                common.token_heads(head, *common.pack(prompts, responses, "cpu")),
+                common.token_heads(head, *common.pack(prompts, responses, "cpu"), before=True)]
+    for i, (p, r) in enumerate(zip(prompts, responses)):
+        plain = head(torch.tensor([p + r])).logits[0, :, 0]
+        assert torch.allclose(together[1][i, :len(r)], plain[len(p):], atol=1e-5)             # r_t: the model has read a_t
+        assert torch.allclose(together[2][i, :len(r)], plain[len(p) - 1:-1], atol=1e-5)       # V(s_t): it has not
+        slow = torch.log_softmax(model(torch.tensor([p + r])).logits[0], -1)
+        assert torch.allclose(together[0][i, :len(r)], slow[range(len(p) - 1, len(p) + len(r) - 1), r], atol=1e-5)
+        assert all((x[i, len(r):] == 0).all() for x in together)
+
+
+def test_draws_are_uniform_and_a_rows_own():
+    draws = torch.stack([common.row_uniforms(200, 0, 0, row) for row in range(50)])
+    assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.02 and len(set(draws.flatten().tolist())) > 9900
+    assert torch.equal(draws[7, :10], common.row_uniforms(10, 0, 0, 7))
+
+
+def test_deal_gives_every_row_once_and_every_rank_as_many_forwards(monkeypatch):
+    lengths = [((7 * i) % 50) + 1 for i in range(37)]
+    for world in (1, 2, 3, 4):
+        monkeypatch.setattr(common, "WORLD", world)
+        dealt = []
+        for rank in range(world):
+            monkeypatch.setattr(common, "RANK", rank)
+            dealt.append(common.deal(range(37), lengths, 4))
+        assert sorted(row for parts in dealt for part in parts for row in part) == list(range(37))
+        assert len({len(parts) for parts in dealt}) == 1
+        shares = [sum(lengths[row] for part in parts for row in part) for parts in dealt]
+        assert max(shares) <= 1.2 * sum(shares) / world

@@ -1,0 +1,770 @@
+"""edit.py: nothing lost, nothing paid twice, nothing taken for an edit that is none.
+
+    python -m pytest tests/test_edit.py               # against tests/claude_standin.py; a minute
+    LARGE=1 python -m pytest tests/test_edit.py       # 2,000 asks with every fault, 20 kill -9, as often in batches
+"""
+import contextlib, json, os, random, re, signal, subprocess, sys, threading, time, urllib.error, urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import common, diff, edit
+from claude_standin import Standin, mended
+from extras import edit_page, edit_stats
+
+LARGE = bool(os.environ.get("LARGE"))
+KEY = "sk-ant-secret-0123456789"
+SHARED = ROOT.parent / "shared"
+STUB = SHARED / "tools" / "claude_stub.py"
+
+
+@pytest.fixture(autouse=True)
+def setting(monkeypatch, tmp_path):
+    """A key, a fresh folder, quick retries; and the locks of a run end with the run, as they do with its process"""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("anthropic._base_client.INITIAL_RETRY_DELAY", 0.01)
+    yield
+    release_locks()
+
+
+def release_locks():
+    while common.LOCKS:
+        common.LOCKS.pop().close()
+
+
+def pairs(n, text="teh answer {i} is wrong."):
+    return [{"instruction": f"Question {i}?", "input": "" if i % 3 else f"context {i}", "output_1": text.format(i=i),
+             "output_2": f"Preferred {i}.", "preference": 2} for i in range(n)]
+
+
+def write(rows, path="pref.jsonl"):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path="edits.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def run(monkeypatch, claude=None, **fields):
+    """edit.py in this process -> its rows"""
+    if claude:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
+    release_locks()
+    edit.main(edit.Config(**{"data": "pref.jsonl", "out": "edits.jsonl", **fields}))
+    return read(fields.get("out", "edits.jsonl"))
+
+
+def command(*words, **env):
+    return [sys.executable, str(ROOT / "edit.py"), *words], {**os.environ, **env}
+
+
+# ---------------------------------------------------------------- the prompt
+
+def test_prompt_is_figure_2():
+    row = {"instruction": "Say {original}.", "input": "a\nb", "original": "teh {input}"}
+    request = edit.build_request(edit.Config(model="claude-haiku-4-5"), row)
+    assert request["messages"] == [
+        {"role": "user", "content": "Question: Say {original}.\nInput: a\nb\n\nResponse: teh {input}\n\nPlease make minimal changes to the above "
+         "response in order to make it a more helpful response to the question. NOTE It is important to only make minimal changes to "
+         "the response — try to keep most of the response unchanged."},
+        {"role": "assistant", "content": "Here is my attempt to make minimal changes to improve the response:"}]
+    request = edit.build_request(edit.Config(system="Be kind."), row | {"input": ""})
+    (turn,) = request["messages"]
+    assert turn["content"].startswith("Question: Say {original}.\n\nResponse: teh {input}\n\nPlease")  # no Input line
+    assert turn["content"].endswith(edit.TAGS) and request["system"] == "Be kind."
+    assert set(request) == {"model", "max_tokens", "messages", "system"}  # the API takes no temperature
+    long = edit.build_request(edit.Config(), row | {"original": "word " * 4000})["max_tokens"]
+    assert edit.build_request(edit.Config(), row)["max_tokens"] < long <= 21_333
+    assert edit.build_request(edit.Config(max_tokens=99), row, longest=True)["max_tokens"] == 99
+    edit.build_request(edit.Config(), row | {"original": "half \ud83d"})["messages"][0]["content"].encode()
+
+
+@pytest.mark.parametrize("model, tags", [("claude-2.1", False), ("claude-3-5-haiku-20241022", False), ("claude-opus-4-1-20250805", False),
+                                         ("claude-sonnet-4-20250514", False), ("claude-haiku-4-5-20251001", False),
+                                         ("claude-opus-4-5", False), ("claude-opus-4-6", True), ("claude-sonnet-5-5", True), ("other", True)])
+def test_prefill_only_where_the_model_takes_one(model, tags):
+    assert edit.uses_tags(edit.Config(model=model)) == tags
+    assert edit.uses_tags(edit.Config(model=model, prefill="")) and not edit.uses_tags(edit.Config(editor="local", model=model))
+
+
+def test_rows(monkeypatch, capsys):
+    """The loser is edited, its `cut` goes with it, extra fields pass, and what asks the same is asked once"""
+    rows = pairs(3)
+    rows[0] |= {"preference": 1, "output_2": "bad one", "cut": ["output_2"], "generator": "g"}
+    rows[1] |= {"cut": ["output_2"], "id": "mine"}
+    write(rows + rows[2:] + rows[2:])
+    with Standin() as claude:
+        out = run(monkeypatch, claude)
+        assert "2 of 5 rows ask what another one asks" in capsys.readouterr().out
+        assert len(out) == 3 and set(claude.asked.values()) == {1}
+        assert not any("Preferred" in prompt for prompt in claude.asked)
+    assert list(out[0])[:9] == ["id", "instruction", "input", "original", "edited", "editor", "model", "stop_reason", "usage"]
+    assert (out[0]["original"], out[0]["edited"], out[0]["cut"], out[0]["generator"]) == ("bad one", "good one", ["original"], "g")
+    assert "cut" not in out[1] and out[1]["source_id"] == "mine" and not {"output_1", "output_2", "preference"} & set(out[1])
+    assert out[0]["usage"]["output_tokens"] > 0 and out[0]["model"] == edit.Config.model
+    write([{"instruction": "i", "input": None, "original": "  teh end \n"}], "plain.jsonl")
+    with Standin() as claude:  # the original's own white space is kept
+        assert run(monkeypatch, claude, data="plain.jsonl", out="plain_edits.jsonl", model="claude-haiku-4-5")[0]["edited"] == "  the end \n"
+    assert len({row["id"] for row in out} | {row["id"] for row in read("plain_edits.jsonl")}) == 4
+
+
+# ---------------------------------------------------------------- replies
+
+@pytest.mark.parametrize("text, stop, tag, edited, error, again", [
+    ("<e>the cat</e>", "end_turn", "e", "the cat", None, False),
+    (" \n<e>\nthe <b>cat</b></e> ", "end_turn", "e", "the <b>cat</b>", None, False),
+    ("<e>a</e> b</e>", "end_turn", "e", "a</e> b", None, False),
+    ("<e>the c", "max_tokens", "e", None, "cut by max_tokens", True),
+    ("<e>the cat</e>", "max_tokens", "e", None, "cut by max_tokens", True),
+    ("<e>the c", "end_turn", "e", None, "no <e> tags", True),
+    ("Here is the edited answer:\n\n<e>the cat</e>", "end_turn", "e", None, "preamble", True),
+    ("<e>the cat</e>\nI changed one word.", "end_turn", "e", None, "text behind the tags", True),
+    ("<e>Here is the edited answer:\nthe cat</e>", "end_turn", "e", None, "preamble", True),
+    ("<e>  \n</e>", "end_turn", "e", None, "empty reply", True),
+    ("", "end_turn", "e", None, "empty reply", True),
+    ("\n \n", "end_turn", None, None, "empty reply", True),
+    ("", "refusal", "e", None, "refusal", False),
+    ("I can't help with that.", "refusal", None, None, "refusal", False),
+    ("I can’t help with that.", "end_turn", None, None, "refusal", False),
+    ("Sure! Here's the improved version:\nthe cat", "end_turn", None, None, "preamble", True),
+    ("\n\nthe cat\n", "end_turn", None, "the cat", None, False),
+    ("the cat", "pause_turn", None, None, "cut by pause_turn", True),
+])
+def test_read_reply(text, stop, tag, edited, error, again):
+    assert edit.read_reply(edit.Reply(text, stop, {}), "teh cat", tag) == (edited, error, again)
+
+
+def test_an_answer_may_begin_like_a_preamble():
+    for text in ("Here are two fruits:\napple", "I'm sorry, apples are no fruit."):
+        assert edit.read_reply(edit.Reply(text, "end_turn", {}), text.replace("apple", "teh aple"), None)[0] == text
+    assert edit.read_reply(edit.Reply("<e>I cannot help with that.</e>", "end_turn", {}), "Steal it.", "e")[0]
+
+
+# ---------------------------------------------------------------- faults
+
+FAULTS = {"429": "429 rate_limit_error Injected rate_limit_error.", "529": "529 overloaded_error", "500": "500", "drop": "APIConnectionError",
+          "garbage": "JSONDecodeError", "html": "broken reply", "truncate": "cut by max_tokens", "refusal": "refusal", "empty": "empty reply",
+          "preamble": "preamble", "wrong_tag": "no <edited> tags", "400": "400 invalid_request_error"}
+
+
+def fault_of(prompt):
+    return (re.search(r"fault=(\w+)", prompt) or [0, ""])[1]
+
+
+def test_each_fault_is_recognised_retried_once_and_recorded(monkeypatch):
+    rows = pairs(len(FAULTS) + 1)
+    for row, fault in zip(rows, FAULTS):
+        row["instruction"] += f" fault={fault}"
+    write(rows)
+    with Standin(fault=lambda prompt, turn: fault_of(prompt)) as claude:
+        out = run(monkeypatch, claude, retries=1, concurrency=4)
+        asked = {fault_of(prompt): n for prompt, n in claude.asked.items()}
+    for row, fault in zip(out, FAULTS):
+        assert row["edited"] is None and row["error"].startswith(FAULTS[fault][:12]), row
+        assert asked[fault] == {"429": 4, "529": 4, "500": 4, "drop": 4, "refusal": 1, "400": 1}.get(fault, 2), fault
+    assert "Here is the edited" in next(row["raw"] for row in out if row["error"] == "preamble")
+    assert out[-1]["edited"] == mended(rows[-1]["output_1"]) and asked[""] == 1
+    with Standin() as claude:  # the API is well again: what failed is asked, and only that; one line per id
+        again = run(monkeypatch, claude)
+        assert sum(claude.asked.values()) == len(FAULTS) and not any("error" in row or row["edited"] is None for row in again)
+        assert [row["id"] for row in again] == [row["id"] for row in out]
+        assert max(claude.limits) == edit.Config.max_tokens  # the one that was cut gets all the room there is
+
+
+def test_second_try_helps(monkeypatch):
+    write(pairs(20))
+    faults = ["empty", "preamble", "garbage", "html", "truncate", "wrong_tag"]
+    with Standin(fault=lambda prompt, turn: faults[len(prompt) * 7 % 6] if turn == 1 else "") as claude:
+        out = run(monkeypatch, claude)
+        assert all(row["edited"] for row in out) and set(claude.asked.values()) == {2}
+
+
+def test_every_fault_among_many(monkeypatch):
+    """Each id once, as edit or as failure with its reason; none asked again that was done; the bound holds"""
+    n, rng = 300, random.Random(0)
+    write(pairs(n))
+    kinds = ["429", "529", "500", "drop", "garbage", "html", "truncate", "refusal", "empty", "preamble", "wrong_tag"]
+    with Standin(fault=lambda prompt, turn: rng.choice(kinds) if rng.random() < 0.5 else "", delay=0.01) as claude:
+        out = run(monkeypatch, claude, concurrency=8)
+        assert len(out) == len({row["id"] for row in out}) == n and claude.most <= 8
+        assert max(claude.answered.values()) == 1
+        for row in out:
+            assert row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"], row
+    assert 0 < sum(row["edited"] is None for row in out) < n / 2
+
+
+def test_retry_after_is_bounded(monkeypatch):
+    write(pairs(2))
+    monkeypatch.setattr(edit, "MAX_WAIT", 0.05)
+    for value in ("100000", "Wed, 21 Oct 2099 07:28:00 GMT", "nan"):
+        began = time.time()
+        with Standin(fault=lambda prompt, turn: "429" if turn < 3 else "", retry_after=value) as claude:
+            assert all(row["edited"] for row in run(monkeypatch, claude, overwrite=True))
+            assert set(claude.asked.values()) == {3}
+        assert time.time() - began < 10
+
+
+def test_hung_requests_time_out(monkeypatch):
+    write(pairs(1))
+    with Standin(delay=5) as claude:
+        row, = run(monkeypatch, claude, timeout=0.2, retries=0)
+        assert row["error"] == "APITimeoutError"
+
+
+@pytest.mark.parametrize("fault, then", [("401", 50), ("404", 1)])
+def test_hopeless_errors_stop_at_once(monkeypatch, capsys, fault, then):
+    """401 at any time; 404 (a wrong model) only from the start: later it is one row's mishap"""
+    write(pairs(100))
+    with Standin(fault=lambda prompt, turn: fault) as claude:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, claude, concurrency=4)
+        assert stop.value.code == 2 and sum(claude.asked.values()) <= 4
+    error = capsys.readouterr().err
+    assert [line for line in error.splitlines() if "the API says" in line and fault in line] and KEY not in error
+    count = iter(range(10**6))
+    with Standin(fault=lambda prompt, turn: fault if next(count) >= then else "") as claude, contextlib.suppress(SystemExit):
+        run(monkeypatch, claude, concurrency=1)
+    assert len(read()) == (50 if fault == "401" else 100)
+
+
+def test_no_key(monkeypatch, capsys):
+    write(pairs(2))
+    for key, words in (("", "no API key: set ANTHROPIC_API_KEY"), ("sk-ant-with\nnewline", "ANTHROPIC_API_KEY holds white space")):
+        monkeypatch.setenv("ANTHROPIC_API_KEY", key)
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and words in captured.err and "newline" not in captured.err and captured.err.count("\n") == 1
+        assert os.listdir() == ["pref.jsonl"]
+
+
+def test_nothing_secret_in_logs_or_files(monkeypatch, capfd):
+    rows = pairs(12, "teh private {i} text is wrong.")
+    write(rows)
+    kinds = ["429", "drop", "garbage", "400", "empty", ""]
+    with Standin(fault=lambda prompt, turn: kinds[int(re.search(r"Question (\d+)", prompt)[1]) % 6]) as claude:
+        out = run(monkeypatch, claude, retries=0)
+        assert any(KEY in value for headers in claude.headers for value in headers.values())  # it was sent
+    captured = capfd.readouterr()
+    everything = captured.out + captured.err + "".join(path.read_text() for path in Path().iterdir() if path.name != "pref.jsonl")
+    assert KEY not in everything and "uthorization" not in everything
+    assert "private" not in captured.out + captured.err
+    for i, row in enumerate(out):
+        assert not [j for j in range(12) if j != i and f"private {j} text" in json.dumps(row)]
+
+
+# ---------------------------------------------------------------- nothing lost, nothing twice
+
+def test_rerun_asks_nothing(monkeypatch, capsys):
+    n = 20_000
+    write(pairs(n))
+    rows = edit.read_rows(edit.Config(data="pref.jsonl"))
+    common.write_jsonl("edits.jsonl", [row | {"edited": "x"} for row in rows.values()])
+    with Standin() as claude:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
+        Path("edits.jsonl").rename("kept")
+        run(monkeypatch, claude, limit=1)  # for the record of the run
+        Path("kept").rename("edits.jsonl")
+        claude.asked.clear()
+        began = time.time()
+        out = run(monkeypatch, claude)
+        assert not claude.asked and len(out) == n and time.time() - began < 10
+    assert f"{n} of {n} rows are done" in capsys.readouterr().out
+
+
+def test_torn_line_is_mended(monkeypatch):
+    write(pairs(10))
+    with Standin() as claude:
+        whole = run(monkeypatch, claude)
+        text = Path("edits.jsonl").read_bytes()
+        for cut in (1, 30, len(text.splitlines()[-1]), len(text) - 20):
+            Path("edits.jsonl").write_bytes(text[:-cut])
+            claude.asked.clear()
+            assert run(monkeypatch, claude) == whole
+            lost = 10 - text[:-cut].count(b"\n")
+            assert sum(claude.asked.values()) == lost, cut
+        Path("edits.jsonl").write_bytes(text + text.splitlines(True)[3])  # a line of an id that stands twice
+        assert run(monkeypatch, claude) == whole
+
+
+def test_another_config_is_refused(monkeypatch, capsys):
+    write(pairs(3))
+    with Standin() as claude:
+        run(monkeypatch, claude)
+        for fields in ({"prompt": edit.PROMPT + "!"}, {"tags": "Between <new> and </new>."}, {"model": "claude-opus-4-6"}, {"system": "x"}):
+            with pytest.raises(SystemExit) as stop:
+                run(monkeypatch, claude, **fields)
+            assert stop.value.code == 2 and next(iter(fields)) in capsys.readouterr().err
+        write(pairs(4))
+        claude.asked.clear()
+        run(monkeypatch, claude, concurrency=3, max_tokens=999, limit=2)  # these cannot change an edit; grown data goes on
+        assert len(run(monkeypatch, claude)) == 4 and sum(claude.asked.values()) == 1
+        assert len(run(monkeypatch, claude, limit=1)) == 4  # nothing that was paid for is dropped
+        old = {row["id"] for row in read()}
+        new = run(monkeypatch, claude, prompt=edit.PROMPT.replace("NOTE", "Note"), overwrite=True)
+        assert len(new) == 4 and not old & {row["id"] for row in new}
+
+
+def test_bad_input(monkeypatch, capsys):
+    write([pairs(1)[0] | {"preference": 3}])
+    for fields, words in (({}, "pref.jsonl:1: preference must be 1 or 2, got 3"), ({"data": "none.jsonl"}, "does not exist; make it with"),
+                          ({"max_tokens": 30_000}, "21,333"), ({"concurrency": 0}, "at least 1"), ({"tags": "no tags"}, "<tag>")):
+        with pytest.raises(SystemExit) as stop:
+            write(pairs(1)) if fields else None
+            run(monkeypatch, **fields)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert os.listdir() == ["pref.jsonl"]
+
+
+@contextlib.contextmanager
+def service(*words):
+    """The stand-in, or the shared stub if words are given, as a process of its own -> its address"""
+    script = [str(STUB), "--port", "0", *words] if words else [str(ROOT / "tests" / "claude_standin.py")]
+    process = subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def lines_of(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_and_restart(url, times, *flags, seed=0):
+    """kill -9 as many times, at random moments of the work; then let it end"""
+    rng, out = random.Random(seed), Path("edits.jsonl")
+    words, env = command("pref.jsonl", "--out=edits.jsonl", *flags, ANTHROPIC_BASE_URL=url)
+    kills = 0
+    while kills < times:
+        process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        began, lines, record = time.time(), lines_of(out), Path("edits.jsonl.run.json")
+        seen = record.stat().st_mtime if record.exists() else 0
+        while process.poll() is None and lines_of(out) <= lines and time.time() - began < 60 \
+                and not (record.exists() and record.stat().st_mtime > seen):
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.6)
+        if process.poll() is not None:
+            break  # it was done before
+        process.kill()
+        process.communicate()
+        kills += 1
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return kills
+
+
+@pytest.mark.parametrize("flags", [(), ("--batch_api=true",)], ids=["requests", "batches"])
+def test_kill_9(flags):
+    n, times = (2000, 20) if LARGE else (150, 1)
+    write(pairs(n))
+    with service() as url:
+        kills = kill_and_restart(url, times, "--concurrency=4", *flags)
+    out = read()
+    assert kills > 0 and len(out) == n
+    assert [row["instruction"] for row in out] == [row["instruction"] for row in pairs(n)]  # in order, none lost, none twice
+    assert all(row["edited"] == mended(row["original"]) for row in out)
+
+
+def test_ctrl_c():
+    """What is in flight is finished and written, and it is said how much is left"""
+    write(pairs(3000))
+    with service() as url:
+        words, env = command("pref.jsonl", "--out=edits.jsonl", "--concurrency=2", ANTHROPIC_BASE_URL=url)
+        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while lines_of(Path("edits.jsonl")) < 5 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "stopping" in err
+    left = int(re.search(r"(\d+) of 3000 rows are left", out)[1])
+    assert len(read()) == 3000 - left > 4 and all(row["edited"] for row in read())
+
+
+def test_two_runs_at_once(monkeypatch, capsys):
+    write(pairs(3))
+    with Standin() as claude:
+        before = run(monkeypatch, claude)
+        with pytest.raises(SystemExit) as stop:  # the lock of the run before is still held
+            edit.main(edit.Config(data="pref.jsonl", out="edits.jsonl"))
+    assert stop.value.code == 2 and "another run is writing edits.jsonl" in capsys.readouterr().err and read() == before
+
+
+def test_disk_full(monkeypatch):
+    """What was written before stays, and the torn line goes"""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    write(pairs(6))
+    with Standin() as claude:
+        whole = run(monkeypatch, claude)
+        opened = open
+        monkeypatch.setattr("builtins.open", lambda path, *a, **k: opened("/dev/full" if str(path) == "new.jsonl" and a[:1] == ("ab",) else path, *a, **k))
+        with pytest.raises(OSError):
+            run(monkeypatch, claude, out="new.jsonl")
+        monkeypatch.setattr("builtins.open", opened)
+        assert [row["edited"] for row in run(monkeypatch, claude, out="new.jsonl")] == [row["edited"] for row in whole]
+
+
+# ---------------------------------------------------------------- batches
+
+def test_batches(monkeypatch):
+    """Results in any order, errored and expired ones asked again, invalid ones not; several chunks; nothing left to do after"""
+    from extras import claude_batches
+    monkeypatch.setattr(claude_batches, "ROWS", 7)
+    write(pairs(30))
+    kinds = {1: "errored", 2: "expired", 3: "400", 4: "preamble", 5: "refusal"}
+    with Standin(fault=lambda prompt, turn: kinds.get(int(re.search(r"Question (\d+)", prompt)[1]), "")
+                 if turn == 1 or "Question 3?" in prompt else "", batch_seconds=0.1) as claude:
+        out = run(monkeypatch, claude, batch_api=True)
+        assert claude.most == 0 and len(claude.batches) == 6  # 5 chunks, and the second try
+        asked = {int(re.search(r"Question (\d+)", prompt)[1]): times for prompt, times in claude.asked.items()}
+        made = len(claude.batches)
+        run(monkeypatch, claude, batch_api=True, limit=1)
+        assert len(claude.batches) == made
+    assert asked == {i: 2 if i in (1, 2, 4) else 1 for i in range(30)}
+    for i, row in enumerate(out):
+        assert row["edited"] == (None if i in (3, 5) else mended(row["original"])) and row["instruction"] == f"Question {i}?"
+    assert out[3]["error"] == "errored invalid_request_error Injected invalid_request_error." and out[5]["error"] == "refusal"
+
+
+def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
+    """The answer to create is lost: the batch is found, not made twice. The same when we die between the two."""
+    write(pairs(9))
+    with Standin(lose_create=[1]) as claude:
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+        assert len(claude.batches) == 1
+        run(monkeypatch, claude, batch_api=True, overwrite=True, limit=1)
+        Path("edits.jsonl").write_text("")
+        state = json.loads(Path("edits.jsonl.batches.json").read_text())
+        keys = list(edit.read_rows(edit.Config(data="pref.jsonl", limit=1)))
+        Path("edits.jsonl.batches.json").write_text(json.dumps([{"id": None, "keys": keys, "at": state[0]["at"]}]))
+        assert run(monkeypatch, claude, batch_api=True, limit=1)[0]["edited"] and len(claude.batches) == 2
+
+
+# ---------------------------------------------------------------- cost
+
+def test_dry_run(monkeypatch, capsys):
+    write(pairs(300))
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "")
+    edit.main(edit.Config(data="pref.jsonl", dry_run=True, system="\x1b[31mred"))
+    text = capsys.readouterr().out
+    requests = [edit.build_request(edit.Config(), row) for row in edit.read_rows(edit.Config(data="pref.jsonl")).values()]
+    tokens = sum(len(request["messages"][0]["content"]) + len("\x1b[31mred") for request in requests) / 4
+    assert f"{len(requests)} to {edit.Config.model}" in text and f"{round(tokens):,} (estimated" in text and "\x1b" not in text
+    assert "Question: Question 0?\nInput: context 0\n\nResponse: teh answer 0 is wrong." in text
+    output = sum(len(row["output_1"]) for row in pairs(300)) // 4
+    assert f"dollars        {(3 * round(tokens) + 15 * output) / 1e6:,.2f} ($3 and $15" in text
+    edit.main(edit.Config(data="pref.jsonl", dry_run=True, model="claude-next"))
+    assert "dollars        unknown: claude-next is not in the price table" in capsys.readouterr().out
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with Standin() as claude:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
+        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=100))
+        exact = sum(len(request["messages"][0]["content"]) // 3 for request in requests[:100])
+        assert f"{exact:,} (the API's count)" in capsys.readouterr().out and not claude.asked
+    assert os.listdir() == ["pref.jsonl"]
+    assert edit.dollars("claude-haiku-4-5-20251001", {"input_tokens": 10**6, "output_tokens": 10**6}, batch=True) == 3
+
+
+# ---------------------------------------------------------------- the gate and the statistics
+
+def test_stats(capsys):
+    rows = [("a b c d e f g h", "a b c d e f g"), ("a b c d e f g h", "a x c d e f g h"), ("a b c d", "a b c d"), ("a b", ""), ("a b", None),
+            ("a b c d", "w x y z"), ("a b c d", "a b new c d")]
+    write([{"instruction": f"i{k}", "input": "", "original": a, "edited": b, **({"error": "refusal"} if b is None else {})}
+           for k, (a, b) in enumerate(rows)], "edits.jsonl")
+    edit_stats.main(["edits.jsonl", "--max_changed=0.7", "--n=1"])
+    text = capsys.readouterr().out
+    assert "7 rows: 3 edits pass the gate" in text and "1 identical" in text and "1 empty" in text and "1 changed share" in text
+    assert "1 failed: refusal" in " ".join(text.split()) and "operations: 1 insert, 2 delete, 2 replace" in text
+    assert "[-a b c d-]{+w x y z+}" in text and text.count("changed)") == 1
+
+
+def test_operations_against_a_plain_reading():
+    rng = random.Random(1)
+    for _ in range(200):
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(9))] for _ in range(2))
+        masks = diff.align(a, b)
+        counts, i, j, kept = Counter(), 0, 0, []
+        for side in masks:
+            kept.append([k for k, changed in enumerate(side) if not changed] + [len(side)])
+        for x, y in zip(*kept):
+            counts["replace" if x > i and y > j else "delete" if x > i else "insert" if y > j else "none"] += 1
+            i, j = x + 1, y + 1
+        del counts["none"]
+        assert edit_stats.operations(*masks) == counts
+
+
+@pytest.mark.parametrize("name, rows", [("qa_feedback/edits.jsonl", 500), ("paradetox/edits_test.jsonl", 1000)])
+def test_stats_of_peoples_edits(capsys, name, rows):
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"no {name} beside this project")
+    edit_stats.main([str(path), "--n=10", "--max_changed=0.5"])
+    text = capsys.readouterr().out
+    kept = int(re.search(r"(\d+) edits pass", text)[1])
+    assert text.startswith(f"{rows} rows: {kept} edits pass") and 0 < kept < rows and text.count("changed)") == 10 and "\x1b" not in text
+
+
+# ---------------------------------------------------------------- other editors
+
+def test_local_model(monkeypatch):
+    """A tiny random chat model: its replies pass the same checks, and do not depend on the batch"""
+    torch = pytest.importorskip("torch")
+    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|end|>", "<|turn|>"])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = ("{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+                          "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}")
+    fast.save_pretrained("chat")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 num_key_value_heads=2, max_position_embeddings=700)).save_pretrained("chat")
+    write(pairs(5) + [pairs(1, "long " * 200)[0]])
+    fields = dict(editor="local", model="chat", prefill="Here:", max_tokens=80)
+    out = run(monkeypatch, **fields, concurrency=4)
+    assert "positions" in out[5]["error"] and all(row["edited"] or row["error"] in ("cut by max_tokens", "empty reply") for row in out[:5])
+    assert out[0]["model"] == "chat" and out[0]["usage"]["input_tokens"] > 300
+    other = run(monkeypatch, **fields, concurrency=1, out="other.jsonl")
+    assert [{**row, "raw": None} for row in out] == [{**row, "raw": None} for row in other] and out[1].get("raw") == other[1].get("raw")
+
+
+def test_rules(monkeypatch):
+    """Each row's draws are its own: a part of the data gets the same edits as the whole"""
+    world = pytest.importorskip("data.toy.prepare", reason="the embedded world is not there yet")
+    category = next(iter(world.CATEGORIES))
+    items = sum(map(list, world.CATEGORIES.values()), [])
+    rows = [{"instruction": f"List three {category}.", "input": "", "original": "\n".join([items[i], items[-i - 1], items[i + 1]])} for i in range(9)]
+    write(rows)
+    out = run(monkeypatch, editor="rules")
+    assert any(row["edited"] != row["original"] for row in out) and out[0]["editor"] == "rules" and out[0]["model"] is None
+    write(rows[4:])
+    assert run(monkeypatch, editor="rules", out="part.jsonl") == out[4:]
+
+
+# ---------------------------------------------------------------- a person's page
+
+@pytest.fixture
+def desk():
+    """The page's server on six rows -> call(action, **arguments), the desk, what was saved, the address"""
+    rows = {f"k{i}": {"id": f"k{i}", "instruction": f"<b>Do</b> {i} & more", "input": "", "original": f"teh <i>answer</i> {i}\nis wrong"}
+            for i in range(6)}
+    rows["k5"]["original"] = "two\r\nlines"
+    done, finished = {}, threading.Event()
+
+    def save(key, edited, error=None):
+        done[key] = {"edited": edited, "error": error}
+    table = edit_page.Desk(rows, done, save)
+    server = edit_page.make_server(table, "secret", finished)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/secret/"
+
+    def call(action, **arguments):
+        with urllib.request.urlopen(url + action, json.dumps(arguments).encode()) as reply:
+            return json.load(reply)
+    yield call, table, done, url, finished
+    server.shutdown()
+    server.server_close()
+
+
+def test_tabs_do_not_lose_each_others_rows(desk):
+    call, table, done, url, finished = desk
+    first, second = call("next", tab="a")["row"], call("next", tab="b")["row"]
+    assert (first["id"], second["id"]) == ("k0", "k1")
+    assert call("save", tab="a", id="k0", version=0, edited="mine") == {"saved": True}
+    assert call("next", tab="a", skipped=[])["row"]["id"] == "k2"
+    same = call("row", tab="b", id="k1", step=-1)["row"]
+    assert same["id"] == "k0" and same["edited"] == "mine"
+    assert call("save", tab="a", id="k0", version=1, edited="mine again") == {"saved": True}
+    assert call("save", tab="b", id="k0", version=1, edited="theirs")["conflict"] == "mine again"  # seen before it is replaced
+    assert done["k0"]["edited"] == "mine again"
+    assert call("save", tab="b", id="k0", version=2, edited="theirs") == {"saved": True}
+    assert call("undo", tab="b", id="k0")["row"]["edited"] == "theirs" and done["k0"] == {"edited": None, "error": "taken back by the editor"}
+    assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k3"
+    table.leases["k2"] = ("a", time.monotonic() - edit_page.LEASE - 1)  # tab a was closed
+    assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k2"
+    row = call("row", tab="b", id="k5")["row"]
+    call("save", tab="b", id="k5", version=0, edited="two\nlines")
+    assert row["original"] == done["k5"]["edited"] == "two\r\nlines"  # a browser's line ends are no edit
+    call("finish", tab="b")
+    assert finished.is_set()
+
+
+def test_page_is_for_this_machine_and_token_only(desk):
+    url = desk[3]
+    with urllib.request.urlopen(url) as page:
+        text = page.read().decode()
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert not re.findall(r"(?:src|href)\s*=|https?://|@import", text) and "innerHTML" not in text  # nothing from outside; no markup
+    for path, host in (("", None), ("next", "evil.example"), ("../wrong/", None), ("nothing", None)):
+        address = url.replace("secret", "wrong") if path.startswith("..") else url + path
+        request = urllib.request.Request(address, b"{}", {"Host": host} if host else {})
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        assert error.value.code in (400, 404)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(url + "save", b'{"tab": "a", "id": "nobody", "version": 0, "edited": ""}')
+    assert error.value.code == 400
+
+
+def test_human_in_a_browser(monkeypatch):
+    """The page in Debian's chromium: keyboard, live diff, escaping, undo, two tabs, and a restart"""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium")
+    import shutil
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver here")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+    rows = pairs(5, "teh <b>answer</b> {i} & its\nend \ud83d is wrong.")
+    rows[0]["instruction"] = "<script>document.title = 'hacked'</script> What is it?"
+    write(rows)
+    words, env = command("pref.jsonl", "--out=edits.jsonl", "--editor=human", DISPLAY="", WAYLAND_DISPLAY="", PYTHONUNBUFFERED="1")
+
+    def start():
+        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "http://" in line:
+                return process, line.split()[-1]
+    process, url = start()
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,1100"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+
+    def until(words):
+        WebDriverWait(browser, 10).until(lambda _: on_page(words), words)
+
+    def on_page(words):  # asked of the page: chromedriver itself cannot carry half a surrogate
+        return browser.execute_script("return document.body.innerText.includes(arguments[0])", words)
+
+    def press(*keys):
+        chain = webdriver.ActionChains(browser)
+        for key in keys[:-1]:
+            chain.key_down(key)
+        chain.send_keys(keys[-1])
+        for key in keys[:-1]:
+            chain.key_up(key)
+        chain.perform()
+    try:
+        browser.get(url)
+        until("0 of 5 done")
+        assert browser.title == "Minimal edits" and "<script>" in browser.find_element(By.ID, "instruction").text
+        field = browser.find_element(By.ID, "field")
+        assert browser.execute_script("return arguments[0].value.startsWith('teh <b>answer</b> 0 & its\\nend')", field)
+        browser.execute_script("arguments[0].setSelectionRange(0, 3)", field)
+        field.send_keys("the")
+        assert browser.find_element(By.CSS_SELECTOR, "#diff del").text == "teh" and browser.find_element(By.CSS_SELECTOR, "#diff ins").text == "the"
+        assert re.fullmatch(r"[1-9]\d?% changed", browser.find_element(By.ID, "share").text)
+        if os.environ.get("SCREENSHOT"):
+            browser.save_screenshot(os.environ["SCREENSHOT"])
+        press(Keys.CONTROL, Keys.ENTER)
+        until("1 of 5 done")
+        press(Keys.ESCAPE)                                   # skip row 2
+        until("row 3")
+        browser.execute_script("window.open(arguments[0])", url)
+        browser.switch_to.window(browser.window_handles[1])
+        until("row 2")                                       # the other tab has row 3; row 2 is free again
+        press(Keys.CONTROL, Keys.ENTER)
+        until("2 of 5 done")
+        press(Keys.ALT, "z")                                 # take it back
+        until("1 of 5 done")
+        browser.switch_to.window(browser.window_handles[0])
+        press(Keys.CONTROL, Keys.ENTER)
+        until("2 of 5 done")
+        press(Keys.ALT, "b")
+        until("row 3")
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 130 and "of 5 rows are left" in out
+        process, url = start()
+        browser.get(url)
+        with contextlib.suppress(Exception):
+            browser.switch_to.alert.accept()
+        until("2 of 5 done")                                 # it goes on where it stopped
+        for done in (3, 4, 5):
+            press(Keys.CONTROL, Keys.ENTER)
+            until(f"{done} of 5 done")
+        until("All rows are edited.")
+        browser.find_element(By.ID, "finish").click()
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+    finally:
+        browser.quit()
+        process.kill()
+    out = read()
+    assert [row["instruction"] for row in out] == [row["instruction"] for row in rows]
+    assert out[0]["edited"] == out[0]["original"].replace("teh", "the") and all(row["edited"] == row["original"] for row in out[1:])
+    assert {(row["editor"], row["model"], row["usage"]) for row in out} == {("human", None, None)}
+
+
+# ---------------------------------------------------------------- the same against a fuller stub, where there is one
+
+needs_stub = pytest.mark.skipif(not STUB.exists(), reason="no fuller stub beside this project; tests/claude_standin.py has been asked")
+
+
+def stats_of(url):
+    with urllib.request.urlopen(url + "/stats") as reply:
+        return json.load(reply)
+
+
+@needs_stub
+def test_stub_every_fault(monkeypatch):
+    n = 2000 if LARGE else 200
+    write(pairs(n))
+    kinds = ["429 0.2", "529", "500", "drop", "stall 1.5", "garbage", "garbage html", "truncate", "refusal", "refusal short", "empty",
+             "whitespace", "padded", "preamble", "wrong_tag", "thinking"]
+    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": fault, "every": 20} for fault in kinds]))
+    with service("--faults", "faults.json", "--log", "calls.jsonl") as url:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+        out = run(monkeypatch, concurrency=16, timeout=1.0)
+        seen = stats_of(url)
+    assert len(out) == len({row["id"] for row in out}) == n
+    assert seen["max_concurrency"] <= 16 + seen["outcomes"].get("stall", 0)  # a stalled one that timed out is still in there
+    assert seen["repeated_answers"] == 0 and set(kind.split()[0] for kind in kinds) <= set(seen["outcomes"])
+    for row in out:
+        assert row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"], row
+    done = {row["original"] for row in out if row["edited"]}
+    assert len(done) > 0.75 * n  # a tenth is refused, which is not asked again
+
+
+@needs_stub
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "claude-sonnet-5-5"])
+@pytest.mark.parametrize("batch_api", [False, True])
+def test_stub_prefill_tags_and_batches(monkeypatch, model, batch_api):
+    write(pairs(40))
+    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": "errored", "every": 9}, {"match": "*", "fault": "expired", "every": 7}]))
+    with service("--faults", "faults.json", "--batch-seconds", "0.3") as url:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+        out = run(monkeypatch, model=model, batch_api=batch_api)
+        seen = stats_of(url)
+    assert sum(row["edited"] is None for row in out) < 4 and seen["repeated_answers"] == 0
+    assert all(row["edited"] in (mended(row["original"]), None) for row in out) and "rejected 400" not in seen["outcomes"]
+
+
+@needs_stub
+@pytest.mark.skipif(not LARGE, reason="LARGE=1 runs it: minutes; test_kill_9 is its small form")
+@pytest.mark.parametrize("flags", [(), ("--batch_api=true",)], ids=["requests", "batches"])
+def test_stub_kill_9(flags):
+    n, times = 2000, 20
+    write(pairs(n))
+    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": "stall 0.05"}] if not flags else []))
+    with service("--faults", "faults.json", "--batch-seconds", "2") as url:
+        kills = kill_and_restart(url, times, "--concurrency=4", *flags, seed=1)
+        seen = stats_of(url)
+    out = read()
+    assert kills and [row["instruction"] for row in out] == [row["instruction"] for row in pairs(n)]
+    assert all(row["edited"] == mended(row["original"]) for row in out)
+    assert seen["repeated_answers"] <= 4 * kills * (not flags)  # at most what was in flight; of batches nothing
