@@ -198,14 +198,17 @@ def write_jsonl(path, rows):
 
 
 def fingerprint(path):
-    """What a run remembers of an input: a file's content; of a model's folder its files' sizes and the run that made it"""
+    """What a run remembers of an input: a file's content; of a model's folder its config, the run that made it, its files' sizes"""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         return str(path)  # a name on the hub
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and file.suffix not in (".lock", ".jsonl" * path.is_dir()):
-            small = file.stat().st_size < 1e6 or not path.is_dir()
-            digest.update(file.name.encode() + (file.read_bytes() if small else str(file.stat().st_size).encode()))
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    for file in sorted(path.iterdir()):
+        if file.name in ("config.json", "run.json"):
+            digest.update(file.read_bytes())
+        elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ SECONDS=0
 trap 'echo; echo "demo.sh: stopped; the same command goes on from here" >&2; trap - INT TERM; kill 0' INT TERM
 
 title() { printf '\n== %s  (%ss)\n' "$1" "$SECONDS"; }
-stage() { local name=$1; shift; "$PYTHON" "$@" 2>&1 | sed -u "s/^/[$name] /"; }  # every line says whose it is
+stage() { local name=$1; shift; "$PYTHON" "$@" 2>&1 | sed -u "s|^|[$name] |"; }  # every line says whose it is
 together() {  # a command a line, two at a time
     local failed=0
     while IFS= read -r job; do

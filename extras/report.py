@@ -32,7 +32,8 @@ def read_runs(folders):
     """The runs in and below the folders given -> list of dict: path, name, seed (the folder that holds it), kind, label, ..."""
     found = {}
     for folder in map(Path, folders):
-        for path in [folder, *sorted(p for p in (*folder.glob("*/"), *folder.glob("*/*/")) if not re.match(r"(step|checkpoint)_|.*\.tmp$", p.name))]:
+        below = sorted(p for p in (*folder.glob("*/"), *folder.glob("*/*/")) if not re.match(r"(step|checkpoint)_|.*\.tmp$", p.name))
+        for path in [folder, *below]:
             if any((path / name).exists() for name in ("run.json", "annotations.jsonl", "rewards.json")):
                 found.setdefault(path.resolve(), path)
     runs = [read_run(path) for path in found.values()]
@@ -102,8 +103,9 @@ def checkpoints(run, runs):
     """[(steps done, figures of win_rate)]: the policy it began from, the models kept, the last"""
     start = sibling(run, "policy", runs)
     last = 1 + max((row["step"] for row in run["metrics"]), default=-1)
-    rows = [(0, start and rate(start["annotations"])), *((step, rate(rows)) for step, rows in run["along"].items()), (last, rate(run["annotations"]))]
-    return [(step, figures) for step, figures in dict(rows).items() if figures and figures["win_rate"] is not None]
+    found = {0: rate(start["annotations"]) if start else None} | {step: rate(rows) for step, rows in run["along"].items()}
+    found[last] = rate(run["annotations"])
+    return [(step, figures) for step, figures in found.items() if figures and figures["win_rate"] is not None]
 
 
 def seconds_until(run, steps):
@@ -124,6 +126,11 @@ def over_seeds(values, errors=(None,)):
     return pm(values[0], errors[0]) if len(values) == 1 else pm(*mean_and_error(values))
 
 
+def summed(figures, name):
+    """over_seeds of one of the figures, with its standard_error; "-" where there are none"""
+    return over_seeds([f[name] for f in figures], [f["standard_error"] for f in figures]) if figures else "-"
+
+
 def duration(seconds):
     if seconds is None:
         return "-"
@@ -135,13 +142,13 @@ def each(values, show=lambda value: f"{value:.1f}"):
 
 
 def table_1(runs):
-    rows, groups = [], arms(runs, "ppo") | arms(runs, "sft", "other")
-    for label in list(groups) + [label for label in PAPER_WIN if label not in groups]:
-        figures = [rate(run["annotations"]) for run in groups.get(label, [])]
-        if any(figures) or label in PAPER_WIN:
-            known = [f for f in figures if f]
-            rows.append([label, PAPER_WIN.get(label, "-"), over_seeds([f["win_rate"] for f in known], [f["standard_error"] for f in known]),
-                         each([f and f["win_rate"] for f in figures]) or "-", str(sum(f["n_total"] for f in known)) if known else "-"])
+    rows, groups = [], {label: [] for label in PAPER_WIN} | arms(runs, "ppo") | arms(runs, "sft", "other")
+    for label in sorted(groups, key=rank):
+        figures = [rate(run["annotations"]) for run in groups[label]]
+        known = [f for f in figures if f]
+        if known or label in PAPER_WIN:
+            rows.append([label, PAPER_WIN.get(label, "-"), summed(known, "win_rate"), each([f and f["win_rate"] for f in figures]) or "-",
+                         str(sum(f["n_total"] for f in known)) if known else "-"])
     judged = [run["annotations"][0] for run in runs if run["annotations"]]
     names = " and ".join(sorted({str(row.get("generator_1", "?")) for row in judged})) or "-"
     rows.insert(sum(label in PAPER_WIN and rank(label) < rank(RLHF) for label in [row[0] for row in rows]),
@@ -161,39 +168,38 @@ def table_paired(runs, seed):
         found = []
         for run in groups.get(a, []):
             other = next((r for r in groups.get(b, []) if r["seed"] == run["seed"]), None)
-            if other and run["annotations"] and other["annotations"] and [r["output_1"] for r in run["annotations"]] == [r["output_1"] for r in other["annotations"]]:
-                found.append(paired([r["preference"] for r in run["annotations"]], [r["preference"] for r in other["annotations"]], seed=seed))
+            mine, theirs = run["annotations"], other and other["annotations"]
+            if mine and theirs and [row["output_1"] for row in mine] == [row["output_1"] for row in theirs]:
+                found.append(paired(*([row["preference"] for row in rows] for rows in (mine, theirs)), seed=seed))
         one = found[0] if len(found) == 1 else {}
         interval = f"{one['low']:+.1f} to {one['high']:+.1f}" if one.get("low") is not None else "-"
-        rows.append([f"{a} − {b}", paper, over_seeds([f["difference"] for f in found], [f["standard_error"] for f in found]) if found else "-",
-                     each([f["difference"] for f in found], lambda x: f"{x:+.1f}") or "-", interval])
+        differences = [f["difference"] for f in found]
+        rows.append([f"{a} − {b}", paper, summed(found, "difference"), each(differences, lambda x: f"{x:+.1f}") or "-", interval])
     return ("Differences in win rate (points), on the same questions", ["", "Paper", "Ours", "Each seed", "95% (one seed)"], rows,
-            "The paper's are differences of its Table 1, with no error given. Ours are paired: both models answered the same questions. " + SEEDS)
+            "The paper's are differences of its Table 1, with no error given. Ours are paired: both models answered the same questions. "
+            + SEEDS)
 
 
 def table_2(runs, folders):
     rows, groups = [], arms(runs, "reward model")
-    def accuracies(run, kind):
-        return next((f for f in run["rewards"] if f.get("kind") == kind), None)
-    def cell(runs, kind):
-        known = [f for f in (accuracies(run, kind) for run in runs) if f]
-        return over_seeds([f["accuracy"] for f in known], [f["standard_error"] for f in known]) if known else "-"
+    def of(runs, kind):
+        return [f for run in runs for f in [f for f in run["rewards"] if f.get("kind") == kind][:1]]
     for label in sorted({*groups, *PAPER_ACCURACY}, key=lambda label: (rank(label), label)):
         mine = groups.get(label, [])
-        rows.append([label, PAPER_ACCURACY.get(label, "-"), cell(mine, "preferences"), cell(mine, "edits"),
-                     each([(accuracies(run, "preferences") or {}).get("accuracy") for run in mine]) or "-"])
-    first = [f for run in runs for f in run["rewards"][:1]]
-    if first:
-        by_kind = {kind: [f for run in runs if run["kind"] == "reward model" for f in run["rewards"] if f.get("kind") == kind] for kind in ("preferences", "edits")}
-        rows.append(["the longer answer wins", "-", *(f"{fs[0]['longer_wins']:.1f}" if fs else "-" for fs in by_kind.values()), "-"])
-        rows.append(["always the edited one", "-", "-", "100.0" if by_kind["edits"] else "-", "-"])
-    bags = [json.loads(path.read_text()) for folder in {run["path"].parent for run in runs} | set(map(Path, folders))
-            if (path := folder / "bag_of_tokens.json").exists()]
+        rows.append([label, PAPER_ACCURACY.get(label, "-"), summed(of(mine, "preferences"), "accuracy"), summed(of(mine, "edits"), "accuracy"),
+                     each([f["accuracy"] for f in of(mine, "preferences")]) or "-"])
+    originals, edits = of(runs, "preferences"), of(runs, "edits")
+    if originals or edits:
+        rows.append(["the longer answer wins", "-", *(f"{found[0]['longer_wins']:.1f}" if found else "-" for found in (originals, edits)), "-"])
+        rows.append(["always the edited one", "-", "-", "100.0" if edits else "-", "-"])
+    bags = [logged(folder / "bag_of_tokens.json")[0] for folder in sorted({run["path"].parent for run in runs} | set(map(Path, folders)))
+            if (folder / "bag_of_tokens.json").exists()]
     if bags:
-        shares = [100 * bag["accuracy"] if bag["accuracy"] <= 1 else bag["accuracy"] for bag in bags if isinstance(bag.get("accuracy"), (int, float))]
-        rows.append(["a bag of tokens, without the prompt", "-", over_seeds(shares), "-", each(shares)])
-    return ("Table 2. Accuracy of the reward model on held-out pairs (%)", ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"],
-            rows, "The paper's figure is on its evaluation set; ours, on pairs of the original kind with true labels, is the one to compare. "
+        shares = [100 * bag["accuracy"] for bag in bags]
+        errors = [100 * bag["standard_error"] if bag.get("standard_error") else None for bag in bags]
+        rows.append(["a bag of tokens, without the prompt", "-", over_seeds(shares, errors), "-", each(shares)])
+    return ("Table 2. Accuracy of the reward model (%)", ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"], rows,
+            "The paper's figure is on its evaluation set; ours, on pairs of the original kind with true labels, is the one to compare. "
             "On edited pairs the order alone gives 100%. " + SEEDS)
 
 
@@ -210,16 +216,18 @@ def table_3(runs):
         times = [seconds_until(run, steps) for run, steps in known]
         mean = statistics.fmean(times) if times and None not in times else None
         missed = f" ({len(found) - len(known)} of {len(found)} never)" if len(known) < len(found) else ""
-        return [name, step, paper, (each([s for _, s in found], str) or "-") + missed, duration(mean), "-" if mean is None else f"{mean / 3600:.3f}"]
+        return [name, step, paper, (each([s for _, s in found], str) or "-") + missed, duration(mean),
+                "-" if mean is None else f"{mean / 3600:.3f}"]
     rms, ppos = arms(runs, "reward model"), arms(runs, "ppo")
     rows = [row("RLHF", "RM", "0.2", [(run, steps_of(run)) for run in rms.get(RM_RLHF, [])]),
             row("Fine-grained RLHF", "RM", "0.3", [(run, steps_of(run)) for run in rms.get(RM_TOKEN, [])])]
-    for label in sorted({RLHF, TOKEN, FINE, *ppos}, key=lambda x: [RLHF, TOKEN, FINE].index(x) if x in (RLHF, TOKEN, FINE) else 3):
-        rows.append(row(f"{label}, to its own best", "PPO", {RLHF: "4", TOKEN: "2"}.get(label, "-"), [(run, best(run)[1]) for run in ppos.get(label, [])]))
+    for label in {RLHF: 0, TOKEN: 0, FINE: 0} | ppos:
+        rows.append(row(f"{label}, to its own best", "PPO", {RLHF: "4", TOKEN: "2"}.get(label, "-"),
+                        [(run, best(run)[1]) for run in ppos.get(label, [])]))
     for label, target in ((TOKEN, RLHF), (TOKEN, FINE), (FINE, RLHF)):
         targets = {run["seed"]: best(run)[0] for run in ppos.get(target, [])}
         rows.append(row(f"{label}, to the best of {target}", "PPO", "-",
-                        [(run, reached(run, targets[run["seed"]])) for run in ppos.get(label, []) if targets.get(run["seed"]) is not None]))
+                        [(run, reached(run, targets[run["seed"]])) for run in ppos.get(label, []) if targets.get(run["seed"])]))
     return ("Table 3. Training efficiency", ["Model", "Step", "Paper, h", "Our steps, each seed", "Our time", "h"], rows,
             "Best: the highest win rate of the models that were kept along training (the judge's own noise included), so steps are known to "
             "the nearest kept model. Time: training alone, mean of the seeds, on the hardware named below.")
@@ -227,18 +235,19 @@ def table_3(runs):
 
 def table_rewards(runs):
     rows = []
-    for label, mine in arms(runs, "reward model").items():
-        for run in mine:
-            for f in run["rewards"]:
-                t = f.get("tokens") or {}
-                def au(name):
-                    return pm((t.get(name) or {}).get("auroc"), (t.get(name) or {}).get("standard_error"), 3)
-                rows.append([f"{Path(run['seed']).name}/{run['name']}", Path(str(f.get("data", "?"))).name, str(f.get("n", "-")), pm(f.get("accuracy"), f.get("standard_error")),
-                             pm((f.get("calibration") or {}).get("ece"), None, 3), au("removed"), au("added"), au("error_spans"),
-                             pm((t.get("unchanged") or {}).get("mean"), (t.get("unchanged") or {}).get("sd"), 2), pm((t.get("eos") or {}).get("mean"), None, 2)])
+    def figure(tokens, name, digits):
+        group = tokens.get(name) or {}
+        return pm(group.get("auroc", group.get("mean")), group.get("standard_error", group.get("sd")), digits)
+    for run in (run for mine in arms(runs, "reward model").values() for run in mine):
+        for f in run["rewards"]:
+            rows.append([f"{Path(run['seed']).name}/{run['name']}", Path(str(f.get("data", "?"))).name, str(f.get("n", "-")),
+                         pm(f.get("accuracy"), f.get("standard_error")), pm((f.get("calibration") or {}).get("ece"), None, 3),
+                         *(figure(f.get("tokens") or {}, name, 3) for name in ("removed", "added", "error_spans")),
+                         *(figure(f.get("tokens") or {}, name, 2) for name in ("unchanged", "eos"))])
     return ("Reward models, closer", ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added", "AUROC spans",
-            "r on U₀ (± sd)", "r at EOS"], rows, "AUROC: does −r find the tokens that people took away (removed) or marked as wrong (spans), r those they put in (added); 0.5 is "
-            "chance. For a sequence model, the differences of its prefix scores stand for r.")
+                                      "r on U₀ (± sd)", "r at EOS"], rows,
+            "AUROC: does −r find the tokens that people took away (removed) or marked as wrong (spans), r those they put in (added); "
+            "0.5 is chance. For a sequence model, the differences of its prefix scores stand for r.")
 
 
 def as_text(table):
@@ -309,8 +318,9 @@ class Plot:
 
     def dot(self, x, y, colour, hollow=False, note=""):
         cx, cy = self.at(x, y)
-        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{4 if hollow else 3.4}" style="stroke:{colour};fill:{"var(--page)" if hollow else colour}" '
-                          f'class="dot"><title>{safe(note)}</title></circle>')
+        size, fill = (4, "var(--page)") if hollow else (3.4, colour)
+        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" style="stroke:{colour};fill:{fill}" class="dot">'
+                          f'<title>{safe(note)}</title></circle>')
 
     def rule(self, y, words):
         x0, cy = self.at(self.x_range[0], y)
@@ -328,9 +338,10 @@ class Plot:
                 cx, cy = self.at(x, self.y_range[0])
                 grid.append(f'<line x1="{cx:.1f}" x2="{cx:.1f}" y1="{cy:.1f}" y2="{cy + 4:.1f}" class="tick"/>'
                             f'<text x="{cx:.1f}" y="{cy + 17:.1f}" class="mid">{short(x)}</text>')
-        return (f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{safe(self.title)}"><text x="0" y="14" class="title">{safe(self.title)}</text>'
-                f'{"".join(grid)}{"".join(self.parts)}<text x="{(self.left + self.width - self.right) / 2}" y="{self.height - 4}" class="mid quiet">'
-                f'{safe(self.xlabel)}</text></svg>')
+        middle = (self.left + self.width - self.right) / 2
+        return (f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{safe(self.title)}">'
+                f'<text x="0" y="14" class="title">{safe(self.title)}</text>{"".join(grid)}{"".join(self.parts)}'
+                f'<text x="{middle}" y="{self.height - 4}" class="mid quiet">{safe(self.xlabel)}</text></svg>')
 
 
 def colours(labels):
@@ -360,9 +371,13 @@ def curves(runs):
     def metric(name):
         return lambda run: {row["step"]: row[name] for row in run["metrics"] if isinstance(row.get(name), (int, float))}
 
-    for title, read in (("Win rate, % (± standard error, or the range of seeds)", lambda run: {s: f["win_rate"] for s, f in checkpoints(run, runs)}),
+    def won(run):
+        return {step: figures["win_rate"] for step, figures in checkpoints(run, runs)}
+
+    for title, read in (("Win rate, % (± standard error, or the range of seeds)", won),
                         ("Reward, each run on its own scale: 0 first, 1 highest", own_scale),
-                        ("KL from the starting policy, nats per response", metric("kl")), ("Length of a response, tokens", metric("response_length"))):
+                        ("KL from the starting policy, nats per response", metric("kl")),
+                        ("Length of a response, tokens", metric("response_length"))):
         lines = {}
         for label, mine in groups.items():
             xs, mean, low, high = across_seeds([one for one in map(read, mine) if one])
@@ -374,7 +389,8 @@ def curves(runs):
         if not lines:
             panels.append(f"<p class=missing>{safe(title)}: nothing of it in these folders</p>")
             continue
-        plot = Plot(title, "step", [x for xs, *_ in lines.values() for x in xs], [y for _, _, low, high in lines.values() for y in low + high])
+        plot = Plot(title, "step", [x for xs, *_ in lines.values() for x in xs],
+                    [y for _, _, low, high in lines.values() for y in low + high])
         for label, (xs, mean, low, high) in lines.items():
             if low != high:
                 plot.band(xs, low, high, paint[label])
@@ -386,12 +402,14 @@ def curves(runs):
             plot.rule(50, "the reference")
         panels.append(plot.svg())
     seeds = max((len(mine) for mine in groups.values()), default=0)
-    return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>Lines: the mean of {seeds} seed(s); bands: lowest to highest.</figcaption>"
+    note = f"Lines: the mean of {seeds} seeds; bands: lowest to highest." if seeds > 1 else "One seed."
+    return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>{note}</figcaption>"
 
 
 def legend(groups):
     paint = colours(groups)
-    return "<p class=legend>" + "".join(f'<span><i style="background:{paint[label]}"></i>{safe(label)}</span>' for label in groups) + "</p>"
+    keys = (f'<span><i style="background:{paint[label]}"></i>{safe(label)}</span>' for label in groups)
+    return f"<p class=legend>{''.join(keys)}</p>"
 
 
 def hacking(runs):
@@ -403,7 +421,7 @@ def hacking(runs):
             rewards = {row["step"]: row["reward"] for row in run["metrics"] if isinstance(row.get("reward"), (int, float))}
             path = []
             for step, figures in checkpoints(run, runs):
-                near = [rewards[s] for s in ([0] if step == 0 else range(step - 3, step)) if s in rewards]  # the rollouts before it was kept
+                near = [rewards[s] for s in ([0] if step == 0 else range(step - 3, step)) if s in rewards]  # rollouts just before it
                 if near:
                     path.append((step, statistics.fmean(near), figures))
             if len(path) > 1:
@@ -419,7 +437,8 @@ def hacking(runs):
             xs, wins = [x for _, x, _ in path], [f["win_rate"] for _, _, f in path]
             plot.line(xs, wins, paint[label], "thin")
             for i, (step, x, f) in enumerate(path):
-                plot.dot(x, f["win_rate"], paint[label], hollow=i == 0, note=f"step {step}: score {x:.3f}, win rate {pm(f['win_rate'], f['standard_error'])}")
+                note = f"step {step}: score {x:.3f}, win rate {pm(f['win_rate'], f['standard_error'])}"
+                plot.dot(x, f["win_rate"], paint[label], hollow=i == 0, note=note)
         if plot.y_range[0] <= 50 <= plot.y_range[1]:
             plot.rule(50, "")
         score = mean_and_error([path[-1][1] - path[0][1] for path in of])
@@ -427,11 +446,11 @@ def hacking(runs):
         error = won[1] if won[1] is not None else math.hypot(*(of[0][i][2]["standard_error"] or 0 for i in (0, -1)))
         words = ("the score rose, the judge did not follow: reward hacking" if score[0] > 0 and won[0] < error else
                  "the judge follows the score" if score[0] > 0 else "the score did not rise")
-        panels.append(f"<div>{plot.svg()}<p class='verdict{' bad' if 'hacking' in words else ''}'>score {score[0]:+.2f}, win rate {won[0]:+.1f} ± {error:.1f}"
-                      f"<br><b>{words}</b></p></div>")
-    return f"<div class=grid3>{''.join(panels)}</div><figcaption>Win rate (%, the same axis in all panels) against the reward model's score; a line per seed, " \
-           "from the starting policy (ring) to the last step. Up and to the right is learning; to the right alone is a policy that fools its reward model: " \
-           "said where the win rate has not risen by its standard error.</figcaption>"
+        tone = "verdict bad" if "hacking" in words else "verdict"
+        panels.append(f"<div>{plot.svg()}<p class='{tone}'>score {score[0]:+.2f}, win rate {won[0]:+.1f} ± {error:.1f}<br><b>{words}</b></p></div>")
+    return (f"<div class=grid3>{''.join(panels)}</div><figcaption>Win rate (%, the same axis in all panels) against the reward model's score; "
+            "a line per seed, from the starting policy (ring) to the last step. Up and to the right is learning; to the right alone is a "
+            "policy that fools its reward model: said where the win rate has not risen by its standard error.</figcaption>")
 
 
 def calibrations(runs):
@@ -439,18 +458,20 @@ def calibrations(runs):
     groups = arms(runs, "reward model")
     paint, panels = colours(groups), []
     for kind, title in (("preferences", "Held-out pairs of the original kind"), ("edits", "Held-out edited pairs")):
-        lines = [(label, [b for b in f["calibration"]["bins"]]) for label, mine in groups.items() for run in mine
+        lines = [(label, f["calibration"]["bins"]) for label, mine in groups.items() for run in mine
                  for f in run["rewards"] if f.get("kind") == kind and (f.get("calibration") or {}).get("bins")]
         if lines:
-            plot = Plot(f"{title}: share right", "confidence σ(|R₁ − R₂|)", [0.5, 1.0], [0.0, 1.0] if any(b["accuracy"] < 0.5 for _, bins in lines for b in bins) else [0.5, 1.0])
+            lowest = min(0.5, *(b["accuracy"] for _, bins in lines for b in bins))
+            plot = Plot(f"{title}: share right", "confidence σ(|R₁ − R₂|)", [0.5, 1.0], [lowest, 1.0])
             plot.line([0.5, 1], [0.5, 1], "var(--grid)", "dashed")
             for label, bins in lines:
                 plot.line([b["confidence"] for b in bins], [b["accuracy"] for b in bins], paint[label], "thin")
                 for b in bins:
-                    plot.dot(b["confidence"], b["accuracy"], paint[label], note=f"{label}: {b['accuracy']:.2f} right at {b['confidence']:.2f} (n={b['n']})")
+                    note = f"{label}: {b['accuracy']:.2f} right at {b['confidence']:.2f} (n={b['n']})"
+                    plot.dot(b["confidence"], b["accuracy"], paint[label], note=note)
             panels.append(plot.svg())
-    return (legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>On the dashed line σ(R₁ − R₂) means what it says; below it the model "
-            "is too sure.</figcaption>") if panels else ""
+    note = "On the dashed line σ(R₁ − R₂) means what it says; below it the model is too sure."
+    return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>{note}</figcaption>" if panels else ""
 
 
 # ---------------------------------------------------------------- heatmaps
@@ -468,37 +489,40 @@ def heat(tokens, rewards, scale):
     return f"<div class=heat>{''.join(spans)}</div>"
 
 
+def paid(run, sample):
+    """One answer of an arm, painted as PPO was paid for it: r_t at every token, or all of R at the last"""
+    at_the_end = run["config"].get("level") == "sequence"
+    sizes = sorted(abs(r) for s in run["samples"] for r in ([s["reward"]] if at_the_end else s["token_rewards"]))
+    scale = sizes[int(0.98 * (len(sizes) - 1))] if sizes else 1  # a few outliers must not pale the rest
+    tokens = list(sample["tokens"])
+    if tokens and tokens[-1] == "":
+        tokens[-1] = "∎"
+    rewards = [None] * (len(tokens) - 1) + [sample["reward"]] if at_the_end else sample["token_rewards"]
+    where = ", all at the last token" if at_the_end else ""
+    return f"<div><h4>{safe(run['label'])} <em>R = {sample['reward']:+.2f}{where}</em></h4>{heat(tokens, rewards, scale)}</div>"
+
+
 def heatmaps(runs, prompts=3):
-    """The same prompt's answers across arms, each token as PPO is paid for it"""
-    groups = arms(runs, "ppo")
-    seeds = sorted({run["seed"] for mine in groups.values() for run in mine if run["samples"]})
-    blocks = []
-    for seed in seeds[:1]:
-        mine = {label: run for label, of in groups.items() for run in of if run["seed"] == seed and run["samples"]}
-        by_run = {label: {(s["step"], s["instruction"], s.get("input") or ""): s for s in run["samples"]} for label, run in mine.items()}
-        shared = set.intersection(*map(set, by_run.values()))
-        pick = shared or set(next(iter(by_run.values())))
-        steps = sorted({key[0] for key in pick})
-        for step in dict.fromkeys([steps[-1], steps[0]]):
-            for key in [k for k in next(iter(by_run.values())) if k in pick and k[0] == step][:prompts if step == steps[-1] else 1]:
-                answers = []
-                for label, run in mine.items():
-                    if key in by_run[label]:
-                        sample = by_run[label][key]
-                        last = run["config"].get("level") == "sequence"
-                        rewards = [None] * (len(sample["tokens"]) - 1) + [sample["reward"]] if last and sample["tokens"] else sample["token_rewards"]
-                        sizes = sorted(abs(r) for s in run["samples"] for r in ([s["reward"]] if last else s["token_rewards"]))
-                        scale = sizes[int(0.98 * (len(sizes) - 1))] if sizes else 1  # a few outliers must not pale the rest
-                        eos = len(sample["tokens"]) > 0 and sample["tokens"][-1] == ""
-                        tokens = sample["tokens"][:-1] + ["∎"] if eos else sample["tokens"]
-                        answers.append(f"<div><h4>{safe(label)} <em>R = {sample['reward']:+.2f}{', all at the last token' if last else ''}</em></h4>"
-                                       f"{heat(tokens, rewards, scale)}</div>")
-                more = f"<br><span class=quiet>{safe(key[2])}</span>" if key[2] else ""
-                blocks.append(f"<div class=sample><p><b>{safe(key[1])}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p><div class=grid3>{''.join(answers)}</div></div>")
-    if not blocks:
+    """The same prompt's answers across the arms of one seed: some of the last step, one of the first"""
+    runs = [run for mine in arms(runs, "ppo").values() for run in mine if run["samples"]]
+    if not runs:
         return "<p class=missing>no samples.jsonl in these folders</p>"
-    return "".join(blocks) + ("<figcaption>What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on its own scale; ∎ is "
-                              "the end of the answer. Point at a token for its number. The same prompts, drawn at the same step.</figcaption>")
+    seed = min(run["seed"] for run in runs)
+    runs = [run for run in runs if run["seed"] == seed]
+    by_run = [{(s["step"], s["instruction"], s.get("input") or ""): s for s in run["samples"]} for run in runs]
+    shared = set.intersection(*map(set, by_run)) or set(by_run[0])
+    first, last = min(key[0] for key in shared), max(key[0] for key in shared)
+    shown = [key for key in by_run[0] if key in shared and key[0] == last][:prompts]
+    shown += [key for key in by_run[0] if key in shared and key[0] == first][:1] if first < last else []
+    blocks = []
+    for key in shown:
+        step, instruction, more = key
+        answers = "".join(paid(run, samples[key]) for run, samples in zip(runs, by_run) if key in samples)
+        more = f"<br><span class=quiet>{safe(more)}</span>" if more else ""
+        blocks.append(f"<div class=sample><p><b>{safe(instruction)}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p>"
+                      f"<div class=grid3>{answers}</div></div>")
+    return "".join(blocks) + ("<figcaption>What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on "
+                              "its own scale; ∎ is the end of the answer. Point at a token for its number.</figcaption>")
 
 
 # ---------------------------------------------------------------- where it comes from
@@ -510,8 +534,8 @@ def provenance(runs):
         config = json.dumps(record.get("config", {}), indent=1)
         state = f"finished {record['finished']}" if record.get("finished") else "not finished"
         commit = f"{record.get('commit') or '-'}{' + changes' if record.get('dirty') else ''}"
-        facts = [state, f"commit {commit}", f"{record.get('world_size', '-')} rank(s)", str(record.get("device", "-")), f"torch {record.get('torch', '-')}",
-                 f"transformers {record.get('transformers', '-')}", f"{len(run['metrics'])} logged steps"]
+        facts = [state, f"commit {commit}", f"{record.get('world_size', '-')} rank(s)", str(record.get("device", "-")),
+                 f"torch {record.get('torch', '-')}", f"transformers {record.get('transformers', '-')}", f"{len(run['metrics'])} logged steps"]
         rows.append(f"<details><summary><b>{safe(run['path'])}</b> {safe(run['label'])}</summary><p class=quiet>{safe(' · '.join(facts))}</p>"
                     f"<pre>{safe(record.get('command', 'no run.json'))}</pre><pre>{safe(config)}</pre></details>")
         for name in ("annotations.jsonl", "rewards.json"):
@@ -523,45 +547,82 @@ def provenance(runs):
 
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1d1f23; --quiet: #686c74; --grid: #dfe0e2; --rule: #9a9ea6; --good: 52 118 200; --bad: 214 82 56;
-  --c0: #2467ad; --c1: #26886b; --c2: #c8553d; --c3: #8465a8; --c4: #b0892b; --c5: #4a4f57; --c6: #c0578f; --c7: #5a8f29; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230;
-  --bad: 226 104 78; --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7; --c6: #e48dbb; --c7: #9acb66; } }
+:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1d1f23; --quiet: #686c74; --grid: #dfe0e2; --rule: #9a9ea6;
+  --good: 52 118 200; --bad: 214 82 56; --serif: Georgia, "Times New Roman", "DejaVu Serif", serif;
+  --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; --c0: #2467ad; --c1: #26886b; --c2: #c8553d;
+  --c3: #8465a8; --c4: #b0892b; --c5: #4a4f57; --c6: #c0578f; --c7: #5a8f29 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230; --bad: 226 104 78;
+    --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7; --c6: #e48dbb; --c7: #9acb66 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 48px 24px 80px; max-width: 1080px; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums }
-h1 { font: 600 27px/1.25 Georgia, "Times New Roman", "DejaVu Serif", serif; margin: 0 0 6px } h2 { font: 600 19px/1.3 Georgia, "Times New Roman", "DejaVu Serif", serif;
-  margin: 56px 0 14px; padding-top: 14px; border-top: 1px solid var(--grid) }
-h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px } figure { margin: 0 0 34px } .wide { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) } table.small { font-size: 12px } table.small th, table.small td { padding-right: 12px; white-space: nowrap }
-th { text-align: left; font-weight: 500; color: var(--quiet); border-bottom: 1px solid var(--rule) } th, td { padding: 5px 18px 5px 0; white-space: nowrap; vertical-align: top }
-td:first-child { white-space: normal } tbody tr:first-child td { padding-top: 8px } tbody tr:last-child td { padding-bottom: 8px }
-figcaption, .quiet, .missing { color: var(--quiet); font-size: 13px } figcaption { margin-top: 8px; max-width: 84ch } .missing { font-style: italic }
-.grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 26px 34px } .grid3 { display: grid;
-  grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)); gap: 26px } svg { width: 100%; height: auto; display: block; overflow: visible }
-svg text { font-size: 11.5px; fill: var(--quiet) } svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) } .end { text-anchor: end } .mid { text-anchor: middle }
-.grid { stroke: var(--grid) } .tick { stroke: var(--rule) } .rule { stroke: var(--rule); stroke-dasharray: 2 3 } .line { fill: none; stroke-width: 2; stroke-linejoin: round }
-.thin { stroke-width: 1.4; opacity: .8 } .dashed { stroke-dasharray: 5 4 } .band { opacity: .16 } .dot { stroke-width: 1.8 }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 14px; font-size: 13.5px } .legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px;
-  vertical-align: middle; border-radius: 2px } .verdict { margin: 6px 0 0; font-size: 13px; color: var(--quiet) } .verdict b { color: var(--ink); font-weight: 600 }
-.bad b { color: rgb(var(--bad)) } .sample { margin: 0 0 26px; padding-left: 14px; border-left: 2px solid var(--grid) } .sample p { margin: 0 0 8px; white-space: pre-wrap }
-h4 { font-size: 13px; font-weight: 600; margin: 0 0 4px } h4 em { display: block; color: var(--quiet); font-style: normal; font-weight: 400 }
-.heat { font: 13px/1.75 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.heat span { border-radius: 2px; padding: 1px 0 } details { margin: 4px 0 } details.sub { margin-left: 20px } summary { cursor: pointer } pre { font: 12px/1.5 ui-monospace, Menlo,
-  "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px; color: var(--quiet) }
+h1 { font: 600 27px/1.25 var(--serif); margin: 0 0 6px }
+h2 { font: 600 19px/1.3 var(--serif); margin: 56px 0 14px; padding-top: 14px; border-top: 1px solid var(--grid) }
+h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px }
+h4 { font-size: 13px; font-weight: 600; margin: 0 0 4px }
+h4 em { display: block; color: var(--quiet); font-style: normal; font-weight: 400 }
+figure { margin: 0 0 34px }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
+th { text-align: left; font-weight: 500; color: var(--quiet); border-bottom: 1px solid var(--rule) }
+th, td { padding: 5px 18px 5px 0; white-space: nowrap; vertical-align: top }
+td:first-child { white-space: normal }
+tbody tr:first-child td { padding-top: 8px }
+tbody tr:last-child td { padding-bottom: 8px }
+table.small { font-size: 12px }
+table.small th, table.small td { padding-right: 12px; white-space: nowrap }
+figcaption, .quiet, .missing { color: var(--quiet); font-size: 13px }
+figcaption { margin-top: 8px; max-width: 84ch }
+.missing { font-style: italic }
+.grid2, .grid3 { display: grid; gap: 26px 34px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)) }
+.grid3 { gap: 26px; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)) }
+svg { width: 100%; height: auto; display: block; overflow: visible }
+svg text { font-size: 11.5px; fill: var(--quiet) }
+svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
+.end { text-anchor: end }
+.mid { text-anchor: middle }
+.grid { stroke: var(--grid) }
+.tick { stroke: var(--rule) }
+.rule { stroke: var(--rule); stroke-dasharray: 2 3 }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round }
+.thin { stroke-width: 1.4; opacity: .8 }
+.dashed { stroke-dasharray: 5 4 }
+.band { opacity: .16 }
+.dot { stroke-width: 1.8 }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 14px; font-size: 13.5px }
+.legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; border-radius: 2px }
+.verdict { margin: 6px 0 0; font-size: 13px; color: var(--quiet) }
+.verdict b { color: var(--ink); font-weight: 600 }
+.bad b { color: rgb(var(--bad)) }
+.sample { margin: 0 0 26px; padding-left: 14px; border-left: 2px solid var(--grid) }
+.sample p { margin: 0 0 8px; white-space: pre-wrap }
+.heat { font: 13px/1.75 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere }
+.heat span { border-radius: 2px; padding: 1px 0 }
+details { margin: 4px 0 }
+details.sub { margin-left: 20px }
+summary { cursor: pointer }
+pre { font: 12px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px; color: var(--quiet) }
 """
 
 
 def page(runs, tables, closer):
-    seeds = sorted({run["seed"] for run in runs})
+    missing = "<p class=missing>no rewards.json in these folders</p>"
     sections = [("The paper's tables, and ours", "".join(map(as_html, tables))), ("Along training", curves(runs)),
                 ("Which arm fooled its reward model?", hacking(runs)), ("What each token is paid", heatmaps(runs)),
-                ("The reward models", as_html(closer, small=True) + calibrations(runs) if closer[2] else "<p class=missing>no rewards.json in these folders</p>"),
+                ("The reward models", as_html(closer, small=True) + calibrations(runs) if closer[2] else missing),
                 ("Where the numbers come from", provenance(runs))]
-    return (f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>Fine-grained RLHF: report</title>"
-            f"<style>{STYLE}</style></head><body><h1>Aligning language models via fine-grained supervision</h1><p class=quiet>{len(runs)} runs in {len(seeds)} "
-            f"folder(s): {safe(', '.join(seeds))}</p>" + "".join(f"<section><h2>{safe(title)}</h2>{body}</section>" for title, body in sections) + "</body></html>\n")
+    seeds = sorted({run["seed"] for run in runs})
+    return f"""<!doctype html>
+{MARK}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Fine-grained RLHF: report</title><style>{STYLE}</style></head><body>
+<h1>Aligning language models via fine-grained supervision</h1>
+<p class=quiet>{len(runs)} runs in {safe(", ".join(seeds))}</p>
+{"".join(f"<section><h2>{safe(title)}</h2>{body}</section>" for title, body in sections)}
+</body></html>
+"""
 
 
 def write_report(cfg):

@@ -203,6 +203,12 @@ def test_every_fault_among_many(monkeypatch):
 def test_retry_after_is_bounded(monkeypatch):
     write(pairs(2))
     monkeypatch.setattr(edit, "MAX_WAIT", 0.05)
+    sleep = time.sleep
+
+    def nap(seconds):
+        assert seconds < 5, f"the SDK would have slept {seconds} seconds"
+        sleep(seconds)
+    monkeypatch.setattr("time.sleep", nap)
     for value in ("100000", "Wed, 21 Oct 2099 07:28:00 GMT", "nan"):
         began = time.time()
         with Standin(fault=lambda prompt, turn: "429" if turn < 3 else "", retry_after=value) as claude:

@@ -135,7 +135,7 @@ def test_summary_exposes_order_and_length():
     def row(verdicts, p, one, two):
         return dict(instruction="x", output_1="a" * one, output_2="b" * two, verdicts=verdicts, preference=p)
     a, b = "Output (a)", "Output (b)"
-    rows = [row([a, a], 1.5, 5, 1)] * 3 + [row([a, b], 1, 5, 5)] * 3 + [row([b, a], 2, 5, 9)] * 3 + [row([b, "?"], None, 5, 5)]
+    rows = [row([a, a], 1.5, 5, 1), row([a, b], 1, 5, 5), row([b, a], 2, 5, 9)] * 3 + [row([b, "?"], None, 5, 5)]
     s = summary(rows)
     assert (s["n_unparsed"], s["n_total"], s["order_flips"]) == (1, 9, pytest.approx(100 * 3 / 9))
     assert s["first_position"] == pytest.approx(100 * (6 + 3 + 3) / 19)
@@ -221,15 +221,16 @@ def test_decode_on_two_ranks_is_the_same(decoded):
 def test_decode_goes_on(decoded):
     """What a killed run left, a torn line too, is taken in and not decoded again; a finished one is left alone"""
     home, flags = decoded
-    rows = [{"row": i, **{k: v for k, v in row.items() if k in ("output", "cut")}} for i, row in enumerate(rows_of(home / "one.jsonl"))]
+    rows = [{"row": i, "output": f"kept {i}"} for i in range(30) if i != 5]
     out = home / "again.jsonl"
     config = json.loads((home / "one.jsonl.run.json").read_text()) | {"finished": False}
     (home / "again.jsonl.run.json").write_text(json.dumps(config))
-    (home / "again.jsonl.part0").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]) + json.dumps(rows[9])[:-9])
-    write(home / "again.jsonl.part3", [rows[20] | {"output": "kept as it was"}, *rows[21:]])
+    write(home / "again.jsonl.part3", rows[:20])
+    (home / "again.jsonl.part0").write_text("".join(json.dumps(row) + "\n" for row in rows[20:]) + '{"row": 5, "output": "torn')
     here("decode", *flags, f"--out={out}")
-    assert [r["output"] for r in rows_of(out)] == [r["output"] if i != 20 or "kept" in r["output"] else rows_of(out)[20]["output"]
-                                                  for i, r in enumerate(rows_of(home / "one.jsonl"))]
+    again, once = rows_of(out), rows_of(home / "one.jsonl")
+    new = [i for i, row in enumerate(again) if row["output"] != f"kept {i}"]
+    assert 5 in new and len(new) <= 4 and [again[i]["output"] for i in new] == [once[i]["output"] for i in new], "its group of 4, no more"
     assert not list(home.glob("again.jsonl.part*"))
     assert "nothing to do" in here("decode", *flags, f"--out={out}").stdout
     done = here("decode", *flags, f"--out={out}", "--top_p=0.5", ok=False)
@@ -281,7 +282,9 @@ def test_always_first_is_exposed(contest, tmp_path):
         here("judge", *flags, f"--out={tmp_path}/a.jsonl", "--prompt=length_neutral", **claude(server))
         assert len(server.asked) == 78 and all("Length is no merit" in prompt for prompt in server.asked)
         assert sum("## Input:\nwith {first}\n" in prompt for prompt in server.asked) == 38, "odd pairs but the identical one, in both orders"
-        assert any("## Output (b):\n{instruction} \\1\n" in prompt for prompt in server.asked), "an answer is put in as it is"
+        assert not any("## Input:\n\n" in prompt for prompt in server.asked), "a row without input loses that block"
+        for text in ("(a):\n{second} ?\n", "(b):\n{second} ?\n", "(a):\n{instruction} \\1\n", "(b):\n{instruction} \\1\n"):
+            assert any(f"## Output {text}" in prompt for prompt in server.asked), "an answer is put in as it is"
         here("judge", *flags, f"--out={tmp_path}/b.jsonl", "--orders=1", **claude(server))
     figures = json.loads(here("winrate", f"{tmp_path}/a.jsonl", "--json=true").stdout)
     assert (figures["win_rate"], figures["n_draws"], figures["order_flips"], figures["first_position"]) == (50, 40, 100, 100)

@@ -111,6 +111,9 @@ def test_tables_of_three_seeds(seeds):
     rates = [win_rate(row["preference"] for row in rows_of(seed / "ppo_token/annotations.jsonl"))["win_rate"] for seed in seeds]
     row = made(tables, "Table 1")[report.TOKEN]
     assert row[1] == f"{statistics.fmean(rates):.1f} ± {statistics.stdev(rates) / 3 ** 0.5:.1f}" and row[2] == ", ".join(f"{x:.1f}" for x in rates)
+    for each in (one for one in runs if one["kind"] == "ppo"):  # each began from its own seed's policy
+        start = win_rate(r["preference"] for r in rows_of(Path(each["seed"]) / "sft/annotations.jsonl"))
+        assert report.checkpoints(each, runs)[0] == (0, start)
     others = [win_rate(r["preference"] for r in rows_of(seed / "ppo_rlhf/annotations.jsonl"))["win_rate"] for seed in seeds]
     row = made(tables, "Differences")[f"{report.TOKEN} − {report.RLHF}"]
     assert row[0] == "+5.1" and row[2] == ", ".join(f"{a - b:+.1f}" for a, b in zip(rates, others))
@@ -195,6 +198,12 @@ def test_heat_is_what_ppo_is_paid():
     body = report.heat(["good", "bad", "", "none"], [1.0, -0.4, 3.0, None], 1.0)
     tones = re.findall(r"rgb\(var\((--\w+)\) / ([\d.]+)\)", body)
     assert tones == [("--good", "0.75"), ("--bad", "0.30"), ("--bad", "0.00")], "an empty text is not drawn, a token without reward is plain"
+
+
+def test_a_cell_cannot_break_a_table():
+    table = ("T", ["a", "b"], [["x | y\nz", "<i>\x1b"]], "note")
+    assert report.as_markdown(table).splitlines()[4] == "| x \\| y z | &lt;i&gt;\u241b |"
+    assert "x | y z" in report.as_text(table) and "&lt;i&gt;" in report.as_html(table)
 
 
 def test_ticks_cover():

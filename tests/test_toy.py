@@ -142,15 +142,16 @@ def test_mend_leaves_no_flaw_and_nothing_else_changes():
 
 
 @pytest.mark.parametrize("answer, pattern", [
-    ("apple\nhorse\nplum\nEnjoy!", r"apple\n(\w+)\nplum\nEnjoy!"),                                           # substitution
-    ("apple\npear\nAsk somebody else!\nMy favourite!\nplum\nEnjoy!", r"apple\npear\nMy favourite!\nplum\nEnjoy!"),    # deletion
+    ("apple\nhorse\nmelon\nEnjoy!", r"apple\n(\w+)\nmelon\nEnjoy!"),  # substitution
+    ("apple\npear\nAsk somebody else!\nMy favourite!\nplum\nEnjoy!", r"apple\npear\nMy favourite!\nplum\nEnjoy!"),  # deletion
     ("apple\nA classic!\nEnjoy!", r"apple\n(\w+)\n(\w+)\nA classic!\nEnjoy!"), ("apple\npear\nplum", r"apple\npear\nplum\nEnjoy!"),
     ("apple\nred\npear\nplum\nEnjoy!", r"apple\npear\nplum\nEnjoy!"),  # one too many, and wrong: one deletion mends both
     ("apple\nEnjoy!\npear\nplum\nEnjoy!", r"apple\npear\nplum\nEnjoy!"),
 ])
 def test_each_kind_of_edit(answer, pattern):
-    match = re.fullmatch(pattern, mend(ROW, answer, random.Random(0), p=1))
-    assert match and all(item in CATEGORIES["fruits"] and item not in answer for item in match.groups())
+    for seed in range(20):
+        match = re.fullmatch(pattern, mend(ROW, answer, random.Random(seed), p=1))
+        assert match and all(item in CATEGORIES["fruits"] and item not in answer for item in match.groups())
 
 
 def test_mend_does_it_with_probability_p():

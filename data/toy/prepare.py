@@ -33,7 +33,7 @@ class Config:
     flaws: float = 1.0              # scale of the flaw rates below; half of the answers have 0.6 of it
     reference_flaws: float = 0.35   # the same for the reference answers of val.jsonl and eval.jsonl
     vocab_size: int = 704           # the least with which each line of an answer is one token
-    hidden_size: int = 128          # of the tiny Llama: 0.5M parameters
+    hidden_size: int = 128          # of the tiny Llama: 0.6M parameters
     layers: int = 2
     heads: int = 4
     seed: int = 0                   # of all rows; the tokenizer is the same for all seeds
