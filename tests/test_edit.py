@@ -285,6 +285,14 @@ def test_rerun_asks_nothing(monkeypatch, capsys):
     assert f"{n} of {n} rows are done" in capsys.readouterr().out
 
 
+def test_each_row_is_on_disk_before_the_next_is_asked(monkeypatch):
+    write(pairs(9))
+    seen = []
+    with Standin(fault=lambda prompt, turn: seen.append(lines_of(Path("edits.jsonl"))) or "") as claude:
+        run(monkeypatch, claude, concurrency=1)
+    assert seen == list(range(9))
+
+
 def test_torn_line_is_mended(monkeypatch):
     write(pairs(10))
     with Standin() as claude:
@@ -455,6 +463,21 @@ def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
         assert run(monkeypatch, claude, batch_api=True, limit=1)[0]["edited"] and len(claude.batches) == 2
 
 
+def test_death_between_making_a_batch_and_hearing_its_id(monkeypatch):
+    from extras import claude_batches
+    send = claude_batches.send
+
+    def die(*arguments):
+        send(*arguments)
+        raise RuntimeError("killed")
+    write(pairs(5))
+    with Standin() as claude:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(claude_batches, "send", die)
+            run(monkeypatch, claude, batch_api=True)
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 1
+
+
 # ---------------------------------------------------------------- cost
 
 def test_dry_run(monkeypatch, capsys):
@@ -542,8 +565,19 @@ def test_local_model(monkeypatch):
     out = run(monkeypatch, **fields, concurrency=4)
     assert "positions" in out[5]["error"] and all(row["edited"] or row["error"] in ("cut by max_tokens", "empty reply") for row in out[:5])
     assert out[0]["model"] == "chat" and out[0]["usage"]["input_tokens"] > 300
-    other = run(monkeypatch, **fields, concurrency=1, out="other.jsonl")
-    assert [{**row, "raw": None} for row in out] == [{**row, "raw": None} for row in other] and out[1].get("raw") == other[1].get("raw")
+    from extras.local_editor import ask_local
+    requests = {row["id"]: edit.build_request(edit.Config(**fields), row) for row in out[:5]}
+    model = LlamaForCausalLM.from_pretrained("chat")
+    for key, reply in ask_local(requests, threading.Event(), path="chat", batch=4, seed=0, temperature=0):
+        ids = fast.apply_chat_template(requests[key]["messages"], continue_final_message=True, return_dict=False, return_tensors="pt")
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=256,
+                               max_new_tokens=reply["usage"]["output_tokens"])
+        assert fast.decode(alone[0, ids.shape[1]:], skip_special_tokens=True) == reply["text"] != ""
+    drawn = [dict(ask_local(requests, threading.Event(), path="chat", batch=batch, seed=0, temperature=0.7)) for batch in (1, 5)]
+    assert len({drawn[0][key]["text"] for key in requests}) > 1  # draws of its own
+    for key in requests:  # the same whatever the batch, up to the longest its batch allows
+        short, long = sorted((answers[key]["text"] for answers in drawn), key=len)
+        assert long.startswith(short[:-3])
 
 
 def test_rules(monkeypatch):
@@ -603,6 +637,10 @@ def test_tabs_do_not_lose_each_others_rows(desk):
     row = call("row", tab="b", id="k5")["row"]
     call("save", tab="b", id="k5", version=0, edited="two\nlines")
     assert row["original"] == done["k5"]["edited"] == "two\r\nlines"  # a browser's line ends are no edit
+    call("save", tab="b", id="k5", version=1, edited="two\nmore")
+    table.rows["k4"]["original"] = "old\rMac"
+    call("save", tab="b", id="k4", version=0, edited="old\nMac")
+    assert done["k5"]["edited"] == "two\r\nmore" and done["k4"]["edited"] == "old\rMac"
     call("finish", tab="b")
     assert finished.is_set()
 
@@ -613,12 +651,12 @@ def test_page_is_for_this_machine_and_token_only(desk):
         text = page.read().decode()
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]
     assert not re.findall(r"(?:src|href)\s*=|https?://|@import", text) and "innerHTML" not in text  # nothing from outside; no markup
-    for path, host in (("", None), ("next", "evil.example"), ("../wrong/", None), ("nothing", None)):
-        address = url.replace("secret", "wrong") if path.startswith("..") else url + path
-        request = urllib.request.Request(address, b"{}", {"Host": host} if host else {})
+    for path, host in (("", "evil.example"), ("next", "evil.example:80"), ("wrong", None), ("wrong/next", None), ("nothing", None)):
+        address = url.replace("secret/", path) if path.startswith("wrong") else url + path
+        request = urllib.request.Request(address, b'{"tab": "a"}' if path else None, {"Host": host} if host else {})
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request)
-        assert error.value.code in (400, 404)
+        assert error.value.code == 404, path
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(url + "save", b'{"tab": "a", "id": "nobody", "version": 0, "edited": ""}')
     assert error.value.code == 400
