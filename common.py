@@ -293,8 +293,8 @@ def log_metrics(out, row, shown=None):
 
 def logged(path):
     """The rows of a metrics.jsonl or samples.jsonl, [] without one; the torn last line of a killed run is left out"""
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
 
 
 def trim_logs(out, done):

@@ -192,7 +192,7 @@ def table_2(runs, folders):
     if originals or edits:
         rows.append(["the longer answer wins", "-", *(f"{found[0]['longer_wins']:.1f}" if found else "-" for found in (originals, edits)), "-"])
         rows.append(["always the edited one", "-", "-", "100.0" if edits else "-", "-"])
-    bags = [logged(folder / "bag_of_tokens.json")[0] for folder in sorted({run["path"].parent for run in runs} | set(map(Path, folders)))
+    bags = [json.loads((folder / "bag_of_tokens.json").read_text()) for folder in sorted({run["path"].parent for run in runs} | set(map(Path, folders)))
             if (folder / "bag_of_tokens.json").exists()]
     if bags:
         shares = [100 * bag["accuracy"] for bag in bags]
