@@ -54,7 +54,7 @@ stage bag_of_tokens extras/bag_of_tokens.py --train=$OUT/edits.jsonl --data=$OUT
 JOBS
 
 # kl_coef is 0.05 of the standard deviation of each arm's return at the first rollout (return_sd in metrics.jsonl), measured on
-# seeds 100-102: the three rewards have different units.
+# seed 100: the three rewards have different units.
 title "three PPO runs: the same settings but for the reward"
 PPO="--policy=$OUT/sft --data=$OUT/data/prompts.jsonl"
 together <<JOBS
