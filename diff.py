@@ -13,8 +13,8 @@ changed beyond `max_changed` are dropped and counted; a failed edit (edited: nul
 import json, sys
 from dataclasses import dataclass
 
-from common import (begin, check_input, check_model, decode_response, encode_prompt, encode_response, fail, finish, load_config,
-                    load_tokenizer, read_jsonl, record_path, replacing, say, token_texts, tokenizer_hash)
+from common import (begin, check_input, check_model, encode_prompt, encode_response, fail, finish, load_config,
+                    load_tokenizer, read_jsonl, replacing, say, token_texts, tokenizer_hash)
 
 
 @dataclass(frozen=True)

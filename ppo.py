@@ -13,7 +13,7 @@ Where we depart: the paper writes [R_1..R_n] without KL; the defaults are Alpaca
 all ranks together. Results do not depend on micro-batches or the number of ranks (but for float noise): rollouts are cut into
 fixed groups, each row has its own draws, and optimizer batches are drawn over all rows.
 """
-import json, os, resource, sys, time
+import json, os, resource, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail,
+from common import (begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail,
                     finish, fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step,
                     pack, progress, read_jsonl, rows_at, save_checkpoint, save_model, say, setup, token_logprobs, total, trim_logs)
 
