@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail, finish,
+from common import (begin, check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, finish,
                     fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step, pack,
                     progress, read_jsonl, record_of, reward_level, rows_at, save_checkpoint, save_model, say, setup, token_heads,
                     token_texts, tokenizer_hash, total, trim_logs)
@@ -211,8 +211,7 @@ def main(cfg):
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
     save_model(model, tokenizer, cfg.out, dtype, sequence=cfg.loss == "sequence")  # all ranks
-    finish(cfg)
-    clear_checkpoints(cfg.out)
+    finish(cfg, keep_checkpoint=False)
     say(f"{cfg.out}: done")
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from common import (begin, check_input, check_model, clear_checkpoints, cosine, deal, encode_prompt, encode_response, fail,
+from common import (begin, check_input, check_model, cosine, deal, encode_prompt, encode_response, fail,
                     finish, fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step,
                     pack, progress, read_jsonl, rows_at, save_checkpoint, save_model, say, setup, token_logprobs, total, trim_logs)
 
@@ -86,8 +86,7 @@ def main(cfg):
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
     save_model(model, tokenizer, cfg.out, dtype)  # all ranks
-    finish(cfg)
-    clear_checkpoints(cfg.out)
+    finish(cfg, keep_checkpoint=False)
     say(f"{cfg.out}: done")
 
 
