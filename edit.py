@@ -14,7 +14,7 @@ as it is there: stop or kill the run at any moment; the same command goes on, an
 
 The paper's Claude-2 is gone, and today's models refuse a begun answer: these get the same request and answer in tags.
 """
-import hashlib, json, os, random, re, signal, sys, threading
+import errno, hashlib, json, os, random, re, signal, sys, threading
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from common import (begin, check_input, check_model, fail, finish, load_config, load_tokenizer, read_jsonl, say,
                     write_jsonl)
-from diff import plain
 
 # The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the assistant's turn where the
 # model allows that, else TAGS ends the user's. They are defaults of fields: edit them here, in a preset, or as flags.
@@ -132,7 +131,11 @@ class Reply(NamedTuple):
 
 
 PREAMBLE = re.compile(r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
-                      r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)", re.I)
+                      r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)|"
+                      r"(sure|certainly|of course|okay)\W+(here|below|this|i)\b|"
+                      r".{0,40}\b(edited|revised|improved) (answer|response|version|text)\b.{0,40}:", re.I)
+COMMENT = re.compile(r"\n\s*\n\W*(i('ve| have)? (only )?(made|changed|kept|added|removed|tried)|"
+                     r"(the |my )?(main |minimal )?(changes|edits)( i)?( made)?\b|let me know\b)", re.I)
 REFUSAL = re.compile(r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|i'm unable|i am unable)\b", re.I)
 
 
@@ -163,6 +166,8 @@ def read_reply(reply, original, tag):
         return None, "preamble", True
     if not tag and begins(REFUSAL, text) and not begins(REFUSAL, core):
         return None, "refusal", False
+    if COMMENT.search(text) and not COMMENT.search(core):
+        return None, "comment behind the answer", True
     start = len(original) - len(original.lstrip())
     return original[:start] + text + original[start + len(core):], None, False
 
@@ -215,18 +220,19 @@ def why(error):
 
 
 def read_message(message):
-    if not isinstance(getattr(message, "content", None), list):  # an HTML page arrives as a str
+    try:
+        text = "".join(block.text for block in message.content if block.type == "text")  # thinking may come before
+        usage = {name: getattr(message.usage, name) or 0 for name in ("input_tokens", "output_tokens")}
+        return Reply(text, message.stop_reason, usage)
+    except (AttributeError, TypeError):  # the SDK checks nothing: an HTML page is a str, parts may be missing
         return Reply(error="broken reply", again=True)
-    text = "".join(block.text for block in message.content if block.type == "text")  # thinking blocks may come before
-    usage = {name: getattr(message.usage, name) for name in ("input_tokens", "output_tokens")}
-    return Reply(text, message.stop_reason, usage)
 
 
 def ask_once(client, request):
     import anthropic
     try:
         return read_message(client.messages.create(**request))
-    except (anthropic.APIError, json.JSONDecodeError) as error:
+    except (anthropic.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
         status = getattr(error, "status_code", 500)  # none: a timeout, a dropped connection, a 200 with a broken body
         return Reply(error=why(error), again=status in (408, 409, 429) or status >= 500)
 
@@ -239,13 +245,8 @@ def ask_claude(requests, stop, *, concurrency=16, timeout=600.0, retries=5, batc
     client = claude_client(timeout, retries) or fail("no API key: set ANTHROPIC_API_KEY")
     if batches:
         from extras.claude_batches import ask_in_batches
-        for key, result in ask_in_batches(client, requests, stop, batches):
-            if result is not None and result.type == "succeeded":
-                yield key, read_message(result.message)
-            else:  # errored, expired, canceled
-                error = getattr(getattr(result, "error", None), "error", None)
-                words = [getattr(result, "type", "lost"), getattr(error, "type", ""), getattr(error, "message", "")]
-                yield key, Reply(error=" ".join(words).strip()[:200], again="invalid_request_error" not in words)
+        for key, message, error in ask_in_batches(client, requests, stop, batches):
+            yield key, Reply(error=error, again="invalid_request" not in error) if error else read_message(message)
         return
     waiting, running, hopeless, alive = iter(requests.items()), {}, None, False
     with ThreadPoolExecutor(concurrency) as pool:
@@ -271,32 +272,6 @@ def dollars(model, usage, batch=False):
     return price and (price[0] * usage["input_tokens"] + price[1] * usage["output_tokens"]) / 1e6 / (2 if batch else 1)
 
 
-def show_plan(requests, answers, *, batch=False):
-    """Dry run: requests, tokens, dollars, the first prompt. answers: texts as long as the replies will be"""
-    first, client, step = requests[0], claude_client(), -(-len(requests) // 100)
-    lengths = [sum(len(turn["content"]) for turn in request["messages"]) for request in requests]
-    tokens, how = sum(lengths) / 4 + len(requests) * len(first.get("system", "")) / 4, "estimated at 4 characters each"
-    if client:
-        import anthropic
-        try:
-            counts = [client.messages.count_tokens(**{name: request[name] for name in request if name != "max_tokens"})
-                      .input_tokens for request in requests[::step]]
-            tokens = sum(counts) * sum(lengths) / sum(lengths[::step])
-            how = "the API's count" + (f" of {len(counts)} requests, scaled by length" if step > 1 else "")
-        except (anthropic.APIError, json.JSONDecodeError, AttributeError) as error:
-            how += f"; the API would not count: {why(error)}"
-    usage = {"input_tokens": round(tokens), "output_tokens": sum(map(len, answers)) // 4}
-    cost, price = dollars(first["model"], usage, batch), PRICES.get(re.sub(r"-20\d{6}$", "", first["model"]))
-    say(f"requests       {len(requests):,} to {first['model']}{' by the Batches API' if batch else ''}\n"
-        f"input tokens   {usage['input_tokens']:,} ({how})\n"
-        f"output tokens  {usage['output_tokens']:,} (estimated: answers as long as now; thinking comes on top)")
-    say(f"dollars        unknown: {first['model']} is not in the price table of edit.py" if cost is None else
-        f"dollars        {cost:,.2f} (${price[0]} and ${price[1]} per million tokens in and out, as of {price[2]}"
-        f"{'; half of that in batches' if batch else ''})")
-    for turn in [{"role": "system", "content": first.get("system")}, *first["messages"]]:
-        say(f"\n--- first prompt, {turn['role']}:\n{plain(turn['content'])}" if turn["content"] else "")
-
-
 # ---------------------------------------------------------------- the stage
 
 def read_edits(path):
@@ -319,6 +294,7 @@ def main(cfg):
     if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
         fail("--concurrency and --limit must be at least 1, --retries at least 0")
     if cfg.dry_run:
+        from extras.claude_plan import show_plan
         return show_plan([build_request(cfg, row) for row in rows.values()], [row["original"] for row in rows.values()],
                          batch=cfg.batch_api)
     if cfg.editor == "claude" and not claude_client():
@@ -327,10 +303,14 @@ def main(cfg):
         check_model(cfg.model, "model", "no stage of ours: name a chat model")
         load_tokenizer(cfg.model).chat_template or fail(f"--model={cfg.model} is no chat model: no chat template")
     begin(cfg, free=("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit", "tokenizer"))
+    batches = Path(f"{cfg.out}.batches.json")  # what the Batches API is at work on
     if cfg.overwrite:
-        Path(f"{cfg.out}.batches.json").unlink(missing_ok=True)
+        batches.unlink(missing_ok=True)
     done = read_edits(cfg.out)
     todo = {key: row for key, row in rows.items() if key not in done or done[key]["edited"] is None}
+    under_way = [] if cfg.batch_api or not batches.exists() else json.loads(batches.read_text())
+    if any(key in todo for batch in under_way for key in batch["keys"]):
+        fail(f"{cfg.out}: the Batches API has rows of it, paid for: go on with --batch_api=true (or remove {batches})")
     say(f"{cfg.out}: {len(rows) - len(todo)} of {len(rows)} rows are done")
 
     # ---- ask, and write each row as it comes
@@ -341,8 +321,11 @@ def main(cfg):
         row = {name: rows[key][name] for name in ("id", "instruction", "input", "original")}
         row |= dict(edited=edited, editor=cfg.editor, model=model, stop_reason=reply.stop_reason, usage=reply.usage)
         row |= ({"error": error, "raw": reply.text} if edited is None else {}) | rows[key]
+        line = sendable(json.dumps(row, ensure_ascii=False) + "\n").encode()
         with lock:
-            file.write(sendable(json.dumps(row, ensure_ascii=False) + "\n").encode())  # one write
+            if (written := file.write(line)) < len(line):  # one write; the disk is full: the torn line goes
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), cfg.out)
             done[key] = row
 
     with stopping() as stop:
@@ -366,7 +349,7 @@ def main(cfg):
                     requests, stop, path=cfg.model, batch=cfg.concurrency, seed=cfg.seed, temperature=0.7 * attempt))
             else:
                 replies = ask_claude(requests, stop, concurrency=cfg.concurrency, timeout=cfg.timeout,
-                                     retries=cfg.retries, batches=f"{cfg.out}.batches.json" if cfg.batch_api else None)
+                                     retries=cfg.retries, batches=batches if cfg.batch_api else None)
             with tqdm(total=len(requests), desc="asking again" if attempt else "asking") as bar:
                 for key, reply in replies:
                     edited, error, again = read_reply(reply, rows[key]["original"], tag[1] if uses_tags(cfg) else None)
@@ -374,7 +357,8 @@ def main(cfg):
                     asked |= {key: rows[key]} if again else {}
                     spent.update(reply.usage or {})
                     cost = dollars(cfg.model, spent, cfg.batch_api)
-                    bar.set_postfix_str(f"{spent.total():,} tokens" + (f", ${cost:.2f}" if cost else ""), refresh=False)
+                    cost = f", ${cost:,.2f}" if cost else ""
+                    bar.set_postfix_str(f"{spent.total():,} tokens{cost}", refresh=False)
                     bar.update()
 
     # ---- one line per id, in the order of the data; what an earlier, longer data file asked stays
@@ -382,14 +366,14 @@ def main(cfg):
     write_jsonl(cfg.out, [done[key] for key in order])
     left = sum(key not in done for key in rows)
     if spent:
-        say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this time")
+        say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this time{cost}")
     if left or stop.is_set() and asked:
         say(f"{left} of {len(rows)} rows are left, {len(asked)} may be asked again: the same command goes on")
         raise SystemExit(130 if stop.is_set() else 0)
     finish(cfg, rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **spent)
     if todo:
         from extras.edit_stats import show_stats
-        show_stats([done[key] for key in rows], cfg.tokenizer, n=0)
+        show_stats([done[key] for key in rows], cfg.tokenizer)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def judge(cfg):
     orders = [[] if pair[0]["output"] == pair[1]["output"] else firsts for firsts, pair in zip(orders, pairs)]  # the same: a draw
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output (1 or 2) shown as (a)
     if cfg.dry_run:
-        from edit import show_plan
+        from extras.claude_plan import show_plan
         requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
         return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api) if requests else say("no two answers differ")
     if cfg.judge == "reward_model":

@@ -10,7 +10,7 @@ from common import fail, replacing, say
 
 ROWS, BYTES = 10_000, 7_000_000  # of one batch. The API takes 100,000 and 256 MB; a lost upload should cost little
 LONGEST_PAUSE = 60               # seconds between two looks at a batch
-TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, json.JSONDecodeError, AttributeError)  # the last: a page
+TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, ValueError, AttributeError, TypeError)  # the last: broken replies
 
 
 def describe(error):
@@ -19,9 +19,10 @@ def describe(error):
 
 
 def ask_in_batches(client, requests, stop, path):
-    """requests: key -> arguments of messages.create. Yields (key, the API's result); None: its batch ended without one.
+    """requests: key -> arguments of messages.create. Yields (key, message, error): one of the two is None.
 
-    Each batch stands in the file at `path` before it is sent: [{id, keys, at}]. Its keys go once its results are in."""
+    Each batch stands in the file at `path` before it is sent: [{id, keys, at}]. A key goes once its result is taken;
+    one that is not asked for this time (--limit is smaller) stays."""
     batches = json.loads(Path(path).read_text()) if Path(path).exists() else []
 
     def remember():
@@ -44,22 +45,27 @@ def ask_in_batches(client, requests, stop, path):
             say(f"sent {batch['id']}: {len(keys)} requests")
 
     pause, failures = 0.5, 0
-    while (unread := [batch for batch in batches if batch["keys"] and batch["id"]]) and not stop.is_set():
+    while (unread := [batch for batch in batches if batch["id"] and not requests.keys().isdisjoint(batch["keys"])]) \
+            and not stop.is_set():
         for batch in unread:
             try:
                 results = read(client, batch["id"])
                 failures = 0
             except TROUBLE as error:
                 results, failures = None, failures + 1
-                if getattr(error, "status_code", 0) in (401, 403) or failures > 20:
+                if getattr(error, "status_code", 0) in (401, 403) or failures > 60 * len(unread):  # an hour
                     fail(f"the Batches API: {describe(error)}; {path} knows what is sent; the same command goes on")
-            if results is not None:
-                for key in batch["keys"]:
-                    if key in requests:  # else it was written before we were killed
-                        yield key, results.get(key)
-                batch["keys"] = []
-                remember()
-                pause = 0.5
+            if results is None:
+                continue
+            if results and results.keys().isdisjoint(batch["keys"]):  # another run's of that size: find() erred
+                batches.append({**batch, "keys": []})
+                batch["id"] = find(client, batch, batches)
+            else:
+                for key in filter(requests.__contains__, batch["keys"]):
+                    yield key, *outcome(results.get(key))
+                batch["keys"] = [key for key in batch["keys"] if key not in requests]
+            remember()
+            pause = 0.5
         stop.wait(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE)
 
@@ -97,13 +103,16 @@ def send(client, batch, batches, requests, stop):
 def find(client, batch, batches):
     """The id of a batch whose sending nobody saw end: of that size, made since, not known. None: it never arrived"""
     since, known = datetime.fromisoformat(batch["at"]) - timedelta(minutes=5), {other["id"] for other in batches}
-    for seen in client.messages.batches.list(limit=100):  # the newest first
-        n = seen.request_counts
-        if seen.created_at < since:
-            return None
-        size = n.processing + n.succeeded + n.errored + n.canceled + n.expired
-        if seen.id not in known and size == len(batch["keys"]):
-            return seen.id
+    try:
+        for seen in client.messages.batches.list(limit=100):  # the newest first
+            n = seen.request_counts
+            if seen.created_at < since:
+                return None
+            size = n.processing + n.succeeded + n.errored + n.canceled + n.expired
+            if seen.id not in known and size == len(batch["keys"]):
+                return seen.id
+    except TROUBLE as error:
+        fail(f"the Batches API: {describe(error)}; a batch may be under way: the same command looks for it")
 
 
 def read(client, id):
@@ -114,3 +123,12 @@ def read(client, id):
         return {line.custom_id: line.result for line in client.messages.batches.results(id)}
     except anthropic.NotFoundError:  # it is kept for 29 days: nothing of it is left
         return {}
+
+
+def outcome(result):
+    """-> message, error, one of them None. result: None where a batch ended without one for this row"""
+    if result is not None and result.type == "succeeded":
+        return getattr(result, "message", None), None
+    error = getattr(getattr(result, "error", None), "error", None)  # errored, expired, canceled
+    words = [getattr(result, "type", "lost"), getattr(error, "type", ""), getattr(error, "message", "")]
+    return None, " ".join(" ".join(map(str, words)).split())[:200]

@@ -2,7 +2,7 @@
 
     with Standin(fault=lambda prompt, turn: "429" if turn == 1 else "") as claude: ... claude.url, claude.asked, claude.most
 
-fault(prompt, turn) -> "" or a status ("429", "529", "401", ...), drop, garbage, html, truncate, refusal, empty, preamble, wrong_tag;
+fault(prompt, turn) -> "" or a status ("429", "529", "401", ...), drop, one of BROKEN, truncate, refusal, empty, preamble, wrong_tag;
 in a batch also errored, expired. turn counts how often that prompt was asked, from 1."""
 import json, re, threading, time
 from collections import Counter
@@ -12,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 MENDS = {"teh": "the", "wrong": "right", "bad": "good"}
 KINDS = {"400": "invalid_request_error", "401": "authentication_error", "404": "not_found_error", "429": "rate_limit_error",
          "500": "api_error", "529": "overloaded_error"}
+BROKEN = {"garbage": b'{"id": "msg_', "html": b"<html>upstream error</html>", "no_utf8": b"\xff\xfe{", "null": b"null",
+          "no_usage": b'{"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}',
+          "no_text": b'{"content": [{"type": "text"}], "stop_reason": "end_turn", "usage": {"input_tokens": 1, "output_tokens": 1}}'}
 
 
 def mended(text):
@@ -21,10 +24,12 @@ def mended(text):
 class Standin(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self, fault=lambda prompt, turn: "", delay=0.0, batch_seconds=0.3, retry_after="0.01", lose_create=()):
+    def __init__(self, fault=lambda prompt, turn: "", delay=0.0, batch_seconds=0.3, retry_after="0.01", lose_create=(),
+                 trouble=lambda action: ""):
         super().__init__(("127.0.0.1", 0), Handler)
         self.fault, self.delay, self.batch_seconds, self.retry_after = fault, delay, batch_seconds, retry_after
         self.lose_create = list(lose_create)  # the numbers (from 1) of batches that are made, but whose answer is lost
+        self.trouble = trouble                # "create", "list", "retrieve" or "results" of a batch -> a status or wire fault
         self.url, self.lock = f"http://127.0.0.1:{self.server_port}", threading.Lock()
         self.asked, self.answered, self.headers, self.limits, self.batches = Counter(), Counter(), [], [], {}
         self.now = self.most = 0
@@ -48,7 +53,7 @@ class Standin(ThreadingHTTPServer):
             self.limits.append(request["max_tokens"])
             fault = self.fault(prompt, self.asked[prompt])
             self.answered[prompt] += not fault
-        if fault.isdigit() or fault in ("errored", "expired", "drop", "garbage", "html"):
+        if fault.isdigit() or fault in ("errored", "expired", "drop", *BROKEN):
             kind = KINDS.get(fault, "api_error")
             return fault, {"type": "error", "error": {"type": kind, "message": f"Injected {kind}."}, "request_id": "req_1"}
         text = mended(re.search(r"^Response: (.*?)\n\nPlease make minimal", prompt, re.S | re.M)[1])
@@ -106,20 +111,23 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(status, reply)
         if parts == ["v1", "messages", "count_tokens"]:
             return self.send("200", {"input_tokens": len(body["messages"][0]["content"]) // 3})
-        if parts == ["v1", "messages", "batches"] and body:
+        action = "results" if parts[-1] == "results" else "create" if body else "retrieve" if parts[3:] else "list"
+        if trouble := world.trouble(action):
+            return self.send(trouble, {"type": "error", "error": {"type": KINDS.get(trouble, ""), "message": "Injected."}})
+        if action == "create":
             id = f"msgbatch_{len(world.batches) + 1}"
             world.batches[id] = [time.time(), body["requests"], None]
             return self.send("drop" if len(world.batches) in world.lose_create else "200", world.describe(id))
-        if parts == ["v1", "messages", "batches"]:
+        if action == "list":
             return self.send("200", {"data": [world.describe(id) for id in reversed(world.batches)], "has_more": False,
                                      "first_id": None, "last_id": None})
-        if parts[-1] == "results":
+        if action == "results":
             return self.send("200", world.results(parts[3]))
         self.send("200", world.describe(parts[3]))
 
     def send(self, status, reply):
         data = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
-        data = {"garbage": b'{"id": "msg_', "html": b"<html>upstream error</html>"}.get(status, data)
+        data = BROKEN.get(status, data)
         self.send_response(int(status) if status.isdigit() else 200)
         headers = {"content-type": "text/html" if status == "html" else "application/json", "content-length": str(len(data))}
         if status in ("429", "500", "529"):

@@ -136,13 +136,18 @@ def test_rows(monkeypatch, capsys):
     ("Sure! Here's the improved version:\nthe cat", "end_turn", None, None, "preamble", True),
     ("\n\nthe cat\n", "end_turn", None, "the cat", None, False),
     ("the cat", "pause_turn", None, None, "cut by pause_turn", True),
+    ("Here is the edited answer: the cat", "end_turn", None, None, "preamble", True),
+    ("Of course!\n\nHere you go\nthe cat", "end_turn", None, None, "preamble", True),
+    ("the cat\n\nI changed one word.", "end_turn", None, None, "comment behind the answer", True),
+    ("<e>the cat\n\n(The changes I made: one.)</e>", "end_turn", "e", None, "comment behind the answer", True),
+    ("The improved engine has two parts: a and b.", "end_turn", None, "The improved engine has two parts: a and b.", None, False),
 ])
 def test_read_reply(text, stop, tag, edited, error, again):
     assert edit.read_reply(edit.Reply(text, stop, {}), "teh cat", tag) == (edited, error, again)
 
 
-def test_an_answer_may_begin_like_a_preamble():
-    for text in ("Here are two fruits:\napple", "I'm sorry, apples are no fruit."):
+def test_an_answer_may_read_like_a_preamble_or_a_comment():
+    for text in ("Here are two fruits:\napple", "I'm sorry, apples are no fruit.", "Dear apple,\n\nI made a cake.\n\nLet me know."):
         assert edit.read_reply(edit.Reply(text, "end_turn", {}), text.replace("apple", "teh aple"), None)[0] == text
     assert edit.read_reply(edit.Reply("<e>I cannot help with that.</e>", "end_turn", {}), "Steal it.", "e")[0]
 
@@ -150,7 +155,8 @@ def test_an_answer_may_begin_like_a_preamble():
 # ---------------------------------------------------------------- faults
 
 FAULTS = {"429": "429 rate_limit_error Injected rate_limit_error.", "529": "529 overloaded_error", "500": "500", "drop": "APIConnectionError",
-          "garbage": "JSONDecodeError", "html": "broken reply", "truncate": "cut by max_tokens", "refusal": "refusal", "empty": "empty reply",
+          "garbage": "JSONDecodeError", "html": "broken reply", "no_utf8": "UnicodeDecodeError", "null": "broken reply",
+          "no_usage": "broken reply", "no_text": "broken reply", "truncate": "cut by max_tokens", "refusal": "refusal", "empty": "empty reply",
           "preamble": "preamble", "wrong_tag": "no <edited> tags", "400": "400 invalid_request_error"}
 
 
@@ -413,18 +419,27 @@ def test_two_runs_at_once(monkeypatch, capsys):
 
 
 def test_disk_full(monkeypatch):
-    """What was written before stays, and the torn line goes"""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
+    """A line that does not fit is taken away whole: the next one, once there is room, begins a line of its own"""
+    import resource
+    from extras import edit_page
     write(pairs(6))
-    with Standin() as claude:
-        whole = run(monkeypatch, claude)
-        opened = open
-        monkeypatch.setattr("builtins.open", lambda path, *a, **k: opened("/dev/full" if str(path) == "new.jsonl" and a[:1] == ("ab",) else path, *a, **k))
-        with pytest.raises(OSError):
-            run(monkeypatch, claude, out="new.jsonl")
-        monkeypatch.setattr("builtins.open", opened)
-        assert [row["edited"] for row in run(monkeypatch, claude, out="new.jsonl")] == [row["edited"] for row in whole]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = []
+
+    def serve(rows, done, save, stop):  # a person, who frees space and saves again
+        for key in rows:
+            size = Path("edits.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, hard))  # half a line
+            try:
+                with pytest.raises(OSError, match="No space left"):
+                    save(key, "lost")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert Path("edits.jsonl").stat().st_size == size and done.get(key) is None
+            save(key, "mine")
+            sizes.append(size)
+    monkeypatch.setattr(edit_page, "serve", serve)
+    assert [row["edited"] for row in run(monkeypatch, editor="human")] == ["mine"] * 6 and len(set(sizes)) == 6
 
 
 # ---------------------------------------------------------------- batches
@@ -443,6 +458,7 @@ def test_batches(monkeypatch):
         made = len(claude.batches)
         run(monkeypatch, claude, batch_api=True, limit=1)
         assert len(claude.batches) == made
+    assert not [batch for batch in json.loads(Path("edits.jsonl.batches.json").read_text()) if batch["keys"]]
     assert asked == {i: 2 if i in (1, 2, 4) else 1 for i in range(30)}
     for i, row in enumerate(out):
         assert row["edited"] == (None if i in (3, 5) else mended(row["original"])) and row["instruction"] == f"Question {i}?"
@@ -461,6 +477,62 @@ def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
         keys = list(edit.read_rows(edit.Config(data="pref.jsonl", limit=1)))
         Path("edits.jsonl.batches.json").write_text(json.dumps([{"id": None, "keys": keys, "at": state[0]["at"]}]))
         assert run(monkeypatch, claude, batch_api=True, limit=1)[0]["edited"] and len(claude.batches) == 2
+
+
+def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
+    """Killed while a batch is worked on: requests one by one are refused, a smaller --limit leaves the other results there"""
+    from extras import claude_batches
+    write(pairs(8))
+    with Standin() as claude:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(claude_batches, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+            run(monkeypatch, claude, batch_api=True)
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, claude)
+        assert stop.value.code == 2 and "go on with --batch_api=true" in capsys.readouterr().err and not claude.most
+        assert len(run(monkeypatch, claude, batch_api=True, limit=3)) == 3
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+        assert len(claude.batches) == 1 and set(claude.asked.values()) == {1}
+        write(pairs(9))
+        assert len(run(monkeypatch, claude)) == 9  # none is under way any more: the ninth is asked at once
+
+
+def test_another_runs_batch_of_the_same_size(monkeypatch):
+    """It was made last and ours was not heard of, so it is taken for ours, until its results tell"""
+    from extras import claude_batches
+    write(pairs(4))
+    find = claude_batches.find
+
+    def after_another(client, *rest):
+        if len(claude.batches) == 1:  # ours; the other run's comes a moment later
+            requests = [{"custom_id": f"theirs{i}", "params": entry["params"]} for i, entry in enumerate(claude.batches["msgbatch_1"][1])]
+            client.messages.batches.create(requests=requests)
+        return find(client, *rest)
+    monkeypatch.setattr(claude_batches, "find", after_another)
+    with Standin(lose_create=[1], batch_seconds=0.1) as claude:
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 2
+
+
+def test_trouble_with_batches(monkeypatch, capsys):
+    """While a batch is made and looked at everything may fail for a while; for good: one line, and the same command goes on"""
+    from extras import claude_batches
+    monkeypatch.setattr(claude_batches, "LONGEST_PAUSE", 0.05)
+    write(pairs(5))
+    faults = dict.fromkeys(("create", "retrieve", "results"), ("500", "429", "drop", "garbage", "html", "no_utf8", "null"))
+    left = {action: list(kinds) if action != "create" else ["529", "html"] for action, kinds in faults.items()}
+    with Standin(trouble=lambda action: left[action].pop() if left.get(action) else "", batch_seconds=0) as claude:
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True, retries=0)) and len(claude.batches) == 1
+        assert not any(left.values())
+        for action, fault, words in (("create", "400", "BadRequestError 400"), ("create", "401", "AuthenticationError 401"),
+                                     ("retrieve", "401", "AuthenticationError 401"), ("list", "null", "looks for it"),
+                                     ("results", "500", "InternalServerError 500")):
+            claude.trouble = lambda at: fault if at == action else "drop" if (action, at) == ("list", "create") else ""
+            with pytest.raises(SystemExit) as stop:
+                run(monkeypatch, claude, batch_api=True, retries=0, overwrite=True)
+            text = capsys.readouterr().err
+            assert stop.value.code == 2 and words in text and "the same command" in text and KEY not in text, (action, text)
+        claude.trouble, made = lambda action: "", len(claude.batches)
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == made
 
 
 def test_death_between_making_a_batch_and_hearing_its_id(monkeypatch):
