@@ -373,7 +373,8 @@ def main(cfg):
     finish(cfg, rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **spent)
     if todo:
         from extras.edit_stats import show_stats
-        show_stats([done[key] for key in rows], cfg.tokenizer)
+        n = 10 if sys.stdout.isatty() else 0  # texts are for the eye, not for a log
+        show_stats([done[key] for key in rows], cfg.tokenizer, n=n)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import httpx2
 from common import fail, replacing, say
 
 ROWS, BYTES = 10_000, 7_000_000  # of one batch. The API takes 100,000 and 256 MB; a lost upload should cost little
-LONGEST_PAUSE = 60               # seconds between two looks at a batch
+PAUSES = 0.5, 60                 # seconds between two looks at a batch: at first, at most
+PATIENCE = 60                    # so many failed looks in a row at each batch, an hour, and we give up
 TROUBLE = (anthropic.AnthropicError, httpx2.HTTPError, ValueError, AttributeError, TypeError)  # the last: broken replies
 
 
@@ -44,7 +45,7 @@ def ask_in_batches(client, requests, stop, path):
         if batch["id"]:
             say(f"sent {batch['id']}: {len(keys)} requests")
 
-    pause, failures = 0.5, 0
+    pause, failures = PAUSES[0], 0
     while (unread := [batch for batch in batches if batch["id"] and not requests.keys().isdisjoint(batch["keys"])]) \
             and not stop.is_set():
         for batch in unread:
@@ -53,7 +54,7 @@ def ask_in_batches(client, requests, stop, path):
                 failures = 0
             except TROUBLE as error:
                 results, failures = None, failures + 1
-                if getattr(error, "status_code", 0) in (401, 403) or failures > 60 * len(unread):  # an hour
+                if getattr(error, "status_code", 0) in (401, 403) or failures > PATIENCE * len(unread):
                     fail(f"the Batches API: {describe(error)}; {path} knows what is sent; the same command goes on")
             if results is None:
                 continue
@@ -65,9 +66,9 @@ def ask_in_batches(client, requests, stop, path):
                     yield key, *outcome(results.get(key))
                 batch["keys"] = [key for key in batch["keys"] if key not in requests]
             remember()
-            pause = 0.5
+            pause = PAUSES[0]
         stop.wait(pause)
-        pause = min(1.5 * pause, LONGEST_PAUSE)
+        pause = min(1.5 * pause, PAUSES[1])
 
 
 def chunks(requests):
@@ -95,7 +96,7 @@ def send(client, batch, batches, requests, stop):
             status = getattr(error, "status_code", 500)
             if attempt == 5 or 400 <= status < 500 and status not in (408, 409, 429):
                 fail(f"the Batches API: {describe(error)}; the same command goes on")
-            stop.wait(min(2 ** attempt, LONGEST_PAUSE))
+            stop.wait(min(2 ** attempt, PAUSES[1]))
         if found := find(client.with_options(max_retries=5), batch, batches):
             return found
 

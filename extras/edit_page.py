@@ -1,5 +1,5 @@
 """edit.py --editor=human: a page for a person, served to this machine only. A save is a row in edits.jsonl at once."""
-import json, os, secrets, sys, threading, time, webbrowser
+import json, os, re, secrets, sys, threading, time, webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def make_server(desk, token, finished):
 
         def allowed(self):  # the Host header: a name that was made to point at 127.0.0.1 is another site's
             host = self.headers.get("Host", "").rpartition(":")[0]
-            given = self.path.split("/")[1]
+            given = self.path.lstrip("/").partition("/")[0]
             return host in ("127.0.0.1", "localhost") and secrets.compare_digest(given.encode(), token.encode())
 
         def do_GET(self):
@@ -92,12 +92,12 @@ def make_server(desk, token, finished):
                 self.answer(404)
 
         def do_POST(self):
-            action, size = self.path.rpartition("/")[2], int(self.headers.get("Content-Length") or 0)
-            known = action in ("next", "row", "save", "undo", "alive", "finish")
-            if not self.allowed() or not known or size > 10_000_000:
+            action, size = self.path.rpartition("/")[2], self.headers.get("Content-Length") or "0"
+            known = action in ("next", "row", "save", "undo", "alive", "finish") and re.fullmatch(r"\d{1,7}", size)
+            if not self.allowed() or not known:
                 return self.answer(404)
             try:
-                arguments = json.loads(self.rfile.read(size))
+                arguments = json.loads(self.rfile.read(int(size)))
                 if action == "finish":
                     finished.set()
                     return self.answer(200, b"{}", "application/json")

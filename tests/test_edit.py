@@ -30,6 +30,7 @@ def setting(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("anthropic._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("extras.claude_batches.PAUSES", (0.01, 0.05))
     yield
     release_locks()
 
@@ -113,6 +114,18 @@ def test_rows(monkeypatch, capsys):
     with Standin() as claude:  # the original's own white space is kept
         assert run(monkeypatch, claude, data="plain.jsonl", out="plain_edits.jsonl", model="claude-haiku-4-5")[0]["edited"] == "  the end \n"
     assert len({row["id"] for row in out} | {row["id"] for row in read("plain_edits.jsonl")}) == 4
+
+
+def test_id_is_a_hash_of_what_is_asked():
+    """Whatever changes the request changes the id, text that moves from one field to the next, too"""
+    write([{"instruction": "a", "input": "b", "original": "c"}, {"instruction": "a", "input": "", "original": "c"},
+           {"instruction": "a", "input": "x", "original": "c"}, {"instruction": "ab", "input": "", "original": "c"},
+           {"instruction": "a", "input": "", "original": "bc"}, {"instruction": "a", "input": "b", "original": "c", "more": 1}])
+    configs = [{}, {"model": "m"}, {"system": "s"}, {"prompt": "p {original}"}, {"prefill": "s"}, {"tags": "<x></x>"}, {"editor": "human"}]
+    ids = [list(edit.read_rows(edit.Config(data="pref.jsonl", **fields))) for fields in configs]
+    assert len({key for keys in ids for key in keys}) == 5 * len(configs)  # the sixth row asks what the first does
+    assert ids[0] == list(edit.read_rows(edit.Config(data="pref.jsonl", concurrency=1, max_tokens=9, seed=1)))
+    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in ids[0])  # a batch's custom_id
 
 
 # ---------------------------------------------------------------- replies
@@ -516,7 +529,7 @@ def test_another_runs_batch_of_the_same_size(monkeypatch):
 def test_trouble_with_batches(monkeypatch, capsys):
     """While a batch is made and looked at everything may fail for a while; for good: one line, and the same command goes on"""
     from extras import claude_batches
-    monkeypatch.setattr(claude_batches, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(claude_batches, "PATIENCE", 14)  # the faults below
     write(pairs(5))
     faults = dict.fromkeys(("create", "retrieve", "results"), ("500", "429", "drop", "garbage", "html", "no_utf8", "null"))
     left = {action: list(kinds) if action != "create" else ["529", "html"] for action, kinds in faults.items()}
@@ -563,6 +576,12 @@ def test_dry_run(monkeypatch, capsys):
     assert "Question: Question 0?\nInput: context 0\n\nResponse: teh answer 0 is wrong." in text
     output = sum(len(row["output_1"]) for row in pairs(300)) // 4
     assert f"dollars        {(3 * round(tokens) + 15 * output) / 1e6:,.2f} ($3 and $15" in text
+    write([{"instruction": f"{i:0168}", "input": "", "original": f"{i:0515}"} for i in range(10_000)])  # the README's figures
+    for batch, price in ((False, "27.00"), (True, "13.50")):
+        edit.main(edit.Config(data="pref.jsonl", dry_run=True, batch_api=batch))
+        text = capsys.readouterr().out
+        assert all(words in text for words in ("10,000 to claude-sonnet-4-6", "2,562,500 (est", "1,287,500 (est", f"      {price} ("))
+    write(pairs(300))
     edit.main(edit.Config(data="pref.jsonl", dry_run=True, model="claude-next"))
     assert "dollars        unknown: claude-next is not in the price table" in capsys.readouterr().out
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
