@@ -110,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
                 world.now -= 1
             return self.send(status, reply)
         if parts == ["v1", "messages", "count_tokens"]:
-            return self.send("200", {"input_tokens": len(body["messages"][0]["content"]) // 3})
+            return self.send(world.fault("", 0) or "200", {"input_tokens": len(body["messages"][0]["content"]) // 3})
         action = "results" if parts[-1] == "results" else "create" if body else "retrieve" if parts[3:] else "list"
         if trouble := world.trouble(action):
             return self.send(trouble, {"type": "error", "error": {"type": KINDS.get(trouble, ""), "message": "Injected."}})
@@ -131,7 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(int(status) if status.isdigit() else 200)
         headers = {"content-type": "text/html" if status == "html" else "application/json", "content-length": str(len(data))}
         if status in ("429", "500", "529"):
-            headers |= {"retry-after": self.server.retry_after}
+            wait = self.server.retry_after
+            headers |= wait if isinstance(wait, dict) else {"retry-after": wait}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -6,6 +6,7 @@
 import contextlib, json, os, random, re, signal, subprocess, sys, threading, time, urllib.error, urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,6 +166,14 @@ def test_an_answer_may_read_like_a_preamble_or_a_comment():
     assert edit.read_reply(edit.Reply("<e>I cannot help with that.</e>", "end_turn", {}), "Steal it.", "e")[0]
 
 
+def test_read_message():
+    def message(**usage):
+        blocks = [SimpleNamespace(type="thinking", thinking="hm"), *(SimpleNamespace(type="text", text=text) for text in "ab")]
+        return SimpleNamespace(content=blocks, stop_reason="end_turn", usage=SimpleNamespace(**usage))
+    assert edit.read_message(message(input_tokens=3, output_tokens=None)) == ("ab", "end_turn", {"input_tokens": 3, "output_tokens": 0}, None, False)
+    assert edit.read_message(message()) == (None, None, None, "broken reply", True)
+
+
 # ---------------------------------------------------------------- faults
 
 FAULTS = {"429": "429 rate_limit_error Injected rate_limit_error.", "529": "529 overloaded_error", "500": "500", "drop": "APIConnectionError",
@@ -207,7 +216,7 @@ def test_second_try_helps(monkeypatch):
 
 def test_every_fault_among_many(monkeypatch):
     """Each id once, as edit or as failure with its reason; none asked again that was done; the bound holds"""
-    n, rng = 300, random.Random(0)
+    n, rng = 150, random.Random(0)
     write(pairs(n))
     kinds = ["429", "529", "500", "drop", "garbage", "html", "truncate", "refusal", "empty", "preamble", "wrong_tag"]
     with Standin(fault=lambda prompt, turn: rng.choice(kinds) if rng.random() < 0.5 else "", delay=0.01) as claude:
@@ -228,12 +237,10 @@ def test_retry_after_is_bounded(monkeypatch):
         assert seconds < 5, f"the SDK would have slept {seconds} seconds"
         sleep(seconds)
     monkeypatch.setattr("time.sleep", nap)
-    for value in ("100000", "Wed, 21 Oct 2099 07:28:00 GMT", "nan"):
-        began = time.time()
+    for value in ("100000", "Wed, 21 Oct 2099 07:28:00 GMT", "nan", {"retry-after-ms": "1e9"}, {"retry-after-ms": "100000000"}):
         with Standin(fault=lambda prompt, turn: "429" if turn < 3 else "", retry_after=value) as claude:
             assert all(row["edited"] for row in run(monkeypatch, claude, overwrite=True))
             assert set(claude.asked.values()) == {3}
-        assert time.time() - began < 10
 
 
 def test_hung_requests_time_out(monkeypatch):
@@ -243,10 +250,10 @@ def test_hung_requests_time_out(monkeypatch):
         assert row["error"] == "APITimeoutError"
 
 
-@pytest.mark.parametrize("fault, then", [("401", 50), ("404", 1)])
+@pytest.mark.parametrize("fault, then", [("401", 8), ("404", 1)])
 def test_hopeless_errors_stop_at_once(monkeypatch, capsys, fault, then):
     """401 at any time; 404 (a wrong model) only from the start: later it is one row's mishap"""
-    write(pairs(100))
+    write(pairs(20))
     with Standin(fault=lambda prompt, turn: fault) as claude:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude, concurrency=4)
@@ -256,7 +263,7 @@ def test_hopeless_errors_stop_at_once(monkeypatch, capsys, fault, then):
     count = iter(range(10**6))
     with Standin(fault=lambda prompt, turn: fault if next(count) >= then else "") as claude, contextlib.suppress(SystemExit):
         run(monkeypatch, claude, concurrency=1)
-    assert len(read()) == (50 if fault == "401" else 100)
+    assert len(read()) == (8 if fault == "401" else 20)
 
 
 def test_no_key(monkeypatch, capsys):
@@ -587,9 +594,15 @@ def test_dry_run(monkeypatch, capsys):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     with Standin() as claude:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
-        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=100))
-        exact = sum(len(request["messages"][0]["content"]) // 3 for request in requests[:100])
-        assert f"{exact:,} (the API's count)" in capsys.readouterr().out and not claude.asked
+        lengths = [len(request["messages"][0]["content"]) for request in requests[:101]]
+        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=9))
+        assert f"{sum(n // 3 for n in lengths[:9]):,} (the API's count)" in capsys.readouterr().out
+        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=101))  # every second one is counted
+        scaled = sum(n // 3 for n in lengths[::2]) * sum(lengths) / sum(lengths[::2])
+        assert f"{round(scaled):,} (the API's count of 51 requests, scaled by length)" in capsys.readouterr().out
+        claude.fault = lambda prompt, turn: "garbage"
+        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=9))
+        assert "4 characters each; the API would not count" in capsys.readouterr().out and not claude.asked
     assert os.listdir() == ["pref.jsonl"]
     assert edit.dollars("claude-haiku-4-5-20251001", {"input_tokens": 10**6, "output_tokens": 10**6}, batch=True) == 3
 
