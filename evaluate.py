@@ -1,21 +1,21 @@
 """Stage 5. Which model is better, how good is the reward, and the paper's three tables.
 
-    torchrun --nproc_per_node=8 evaluate.py decode --model=out/ppo --out=out/ppo/outputs.jsonl data/alpacafarm/eval.jsonl
-    python evaluate.py judge --outputs=out/ppo/outputs.jsonl --reference=data/alpacafarm/eval.jsonl --out=out/ppo/annotations.jsonl
+    torchrun --nproc_per_node=8 evaluate.py decode --model=out/ppo --out=out/ppo/outputs.jsonl
+    python evaluate.py judge --outputs=out/ppo/outputs.jsonl --out=out/ppo/annotations.jsonl    # ANTHROPIC_API_KEY
     python evaluate.py winrate out/ppo/annotations.jsonl                   # two files: their paired comparison
     python evaluate.py rewards --reward_model=out/rm data/toy/pref_heldout.jsonl data/toy/edits_heldout.jsonl
     python evaluate.py report out --out=out/report.html                    # several folders: seeds
 
 decode   answers of any causal language model, as AlpacaEval's model_outputs (instruction, input, output, generator)
-judge    each pair (the reference's answer, ours) before Claude in both orders, or before the toy world's gold or a reward model
-winrate  the share of pairs that ours wins, its error, and what may have bent it: order, length, verdicts nobody could read
+judge    each pair (the reference's answer, ours) before Claude in both orders, or the toy's gold, or a reward model
+winrate  the share of pairs that ours wins, its error, and what may have bent it: order, length, unreadable verdicts
 rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens that people changed
 report   Tables 1, 2 and 3 of the paper with ours beside them, and a page of figures, from run folders alone
 
-decode, rewards and judge --judge=reward_model run a model: under torchrun too, with the same result on any number of ranks.
-`python evaluate.py WORD --help` lists a word's fields.
+decode, rewards and judge --judge=reward_model run a model: under torchrun too, with the same result on any number of
+ranks. `python evaluate.py WORD --help` lists a word's fields.
 """
-import json, math, random, re, statistics, sys
+import json, math, random, re, shutil, statistics, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, barrier, begin, check_input, check_model, deal, decode_response, encode_prompt, encode_response,
-                    fail, finish, fit_positions, generate, load_config, load_model, load_tokenizer, pack, progress, read_jsonl,
-                    replacing, reward_level, row_uniforms, say, setup, token_heads, total, unsharded, write_jsonl)
+from common import (RANK, WORLD, barrier, begin, check_input, check_model, decode_response, encode_prompt,
+                    encode_response, fail, finish, fit_positions, generate, load_config, load_model, load_tokenizer,
+                    logged, pack, progress, read_jsonl, reward_level, row_uniforms, say, setup, unsharded, write_jsonl)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecodeConfig:
     temperature: float = 0.7                    # AlpacaFarm's; 0: the likeliest token
     top_p: float = 0.9
     response_len: int = 300                     # tokens; an answer that was cut there bears `cut`
-    batch: int = 64                             # rows decoded at once: fixed groups of similar length, whatever the ranks
+    batch: int = 64                             # rows decoded at once, similar in length; fixed, whatever the ranks
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: int = 0                               # each row has its own draws
     overwrite: bool = False
@@ -51,11 +51,11 @@ class JudgeConfig:
     judge: Literal["claude", "gold", "reward_model"] = "claude"  # gold: the toy world's, fewer flaws win
     orders: int = 2                             # 2: both orders of each pair; 1: one, drawn at random (the old way)
     prompt: Literal["plain", "length_neutral"] = "plain"
-    model: str = "claude-sonnet-4-6"            # claude: its API has no temperature any more, one more reason for both orders
+    model: str = "claude-sonnet-4-6"            # claude: its API has no temperature any more, so ask in both orders
     max_tokens: int = 1024                      # claude: of a reply; room for models that think
     concurrency: int = 16                       # claude: requests in flight
     batch_api: bool = False                     # claude: half the price, within a day
-    dry_run: bool = False                       # claude: requests, tokens, dollars, the first prompt; nothing is asked or written
+    dry_run: bool = False                       # claude: requests, tokens, dollars, the first prompt; nothing is asked
     reward_model: str | None = None             # reward_model: its folder
     micro_batch: int = 16                       # reward_model: answers per forward and rank
     seed: int = 0                               # orders=1: which order
@@ -74,7 +74,7 @@ class WinrateConfig:
 class RewardsConfig:
     reward_model: str = "out/rm"
     data: list[str] = ()                        # held-out preferences (output_1, output_2) or edits (original, edited)
-    out: str | None = None                      # <reward model>/rewards.json is where the report looks; None: print only
+    out: str | None = None                      # the report looks for <reward model>/rewards.json; None: print only
     json: bool = False
     max_tokens: int = 512                       # prompt + answer; longer pairs are dropped and counted
     micro_batch: int = 16                       # answers per forward and rank
@@ -94,8 +94,8 @@ class ReportConfig:
 
 
 # AlpacaFarm's pairwise prompt, in short. A row without input loses that block; --prompt=length_neutral adds NEUTRAL.
-JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose your preferred output, which can be \
-subjective.{neutral} Your answer should ONLY contain: Output (a) or Output (b).
+JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose your preferred output, \
+which can be subjective.{neutral} Your answer should ONLY contain: Output (a) or Output (b).
 
 ## Instruction:
 {instruction}
@@ -122,31 +122,36 @@ def mean_and_error(x):
     return mean, statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
 
 
+def points(preference):
+    """1 (the reference won) .. 2 (ours won) -> 0 .. 100; 0 is a draw, like 1.5"""
+    return 50.0 if preference == 0 else 100 * (preference - 1)
+
+
 def win_rate(preferences):
-    """preferences: 1 the reference won .. 2 ours won, 1.5 or 0 a draw, None not counted -> percent, its standard error, counts"""
-    p = [1.5 if x == 0 else x for x in preferences if x is not None]
-    if not all(1 <= x <= 2 for x in p):
+    """preferences: in [1, 2], above 1.5 ours won; 1.5 or 0 a draw; None not counted -> percent, its error, counts"""
+    p = [points(x) for x in preferences if x is not None]
+    if not all(0 <= x <= 100 for x in p):
         raise ValueError("a preference is 1, 2, between them, 0 or None")
-    rate, error = mean_and_error([100 * (x - 1) for x in p])
-    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 1.5 for x in p), n_wins_base=sum(x < 1.5 for x in p),
-                n_draws=sum(x == 1.5 for x in p), n_total=len(p))
+    rate, error = mean_and_error(p)
+    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 50 for x in p), n_wins_base=sum(x < 50 for x in p),
+                n_draws=sum(x == 50 for x in p), n_total=len(p))
 
 
 def paired(a, b, *, resamples=10_000, seed=0):
-    """Win rate of a minus that of b on the same questions, in points; a bootstrap draws questions, each with both its verdicts.
+    """Win rate of a minus that of b on the same questions, in points. The bootstrap draws questions.
 
-    a, b: preferences as in win_rate; a question that is None in either is left out. low, high: 95%. p_value: two-sided."""
-    d = [100 * ((1.5 if x == 0 else x) - (1.5 if y == 0 else y)) for x, y in zip(a, b, strict=True) if None not in (x, y)]
+    a, b: preferences as in win_rate; what is None in either is left out. low, high: 95%. p_value: two-sided."""
+    d = [points(x) - points(y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
     difference, error = mean_and_error(d)
+    found = dict(difference=difference, standard_error=error, low=None, high=None, p_value=None, n_total=len(d))
     if len(d) < 2:
-        return dict(difference=difference, standard_error=None, low=None, high=None, p_value=None, n_total=len(d))
+        return found
     d, draw = torch.tensor(d, dtype=torch.float64), torch.Generator().manual_seed(seed)
     means = torch.cat([d[torch.randint(len(d), (min(500, resamples - i), len(d)), generator=draw)].mean(1)
                        for i in range(0, resamples, 500)])
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found["low"], found["high"] = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
-    p_value = min(1.0, 2 * max(1, tail) / resamples)
-    return dict(difference=difference, standard_error=error, low=low, high=high, p_value=p_value, n_total=len(d))
+    return found | dict(p_value=min(1.0, 2 * max(1, tail) / resamples))
 
 
 def tell(figures, indent=""):
@@ -155,9 +160,11 @@ def tell(figures, indent=""):
         if isinstance(value, dict):
             say(f"{indent}{name}")
             tell(value, indent + "  ")
-        for group in value if isinstance(value, list) else []:
-            say(f"{indent}{name:<18}{'  '.join(f'{k} {round(v, 4) if isinstance(v, float) else v}' for k, v in group.items())}")
-        if not isinstance(value, (dict, list)):
+        elif isinstance(value, list):
+            for group in value:
+                parts = (f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in group.items())
+                say(f"{indent}{name:<18}{'  '.join(parts)}")
+        else:
             say(f"{indent}{name:<18}{'-' if value is None else value}")
 
 
@@ -166,8 +173,10 @@ def tell(figures, indent=""):
 def decode(cfg):
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1 or Path(cfg.out).suffix != ".jsonl":
-        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at least 1, --out a .jsonl file")
+    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1:
+        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at least 1")
+    if Path(cfg.out).suffix != ".jsonl":
+        fail(f"--out must be a .jsonl file, got {cfg.out}")
     rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     fit_positions(cfg.model, "model", max(map(len, prompts)) + cfg.response_len)
@@ -175,59 +184,42 @@ def decode(cfg):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
 
-    # ---------------------------------------------------------------- what a killed run left; each rank appends to a part
-    def parts():
-        return [file for file in Path(cfg.out).parent.iterdir() if file.name.startswith(Path(cfg.out).name + ".part")]
-
-    def decoded():
-        return {row["row"]: row for part in parts() for row in whole_lines(part)}
-
-    if RANK == 0:
-        left, old = {} if cfg.overwrite else decoded(), parts()
-        write_jsonl(f"{cfg.out}.part", left.values())
-        for part in old:
-            if part.suffix != ".part":
-                part.unlink()
+    # ---------------------------------------------------------------- fixed groups, whatever the ranks: a file for each
+    order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))  # the longest first: memory ends now or never
+    groups = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
+    parts = [Path(f"{cfg.out}.parts", f"{number}.jsonl") for number in range(len(groups))]
+    if cfg.overwrite and RANK == 0:
+        shutil.rmtree(parts[0].parent, ignore_errors=True)
     barrier()
-    done = decoded()
-    barrier()  # nobody appends before everybody has read
-
-    # ---------------------------------------------------------------- groups of similar length, whole ones to each rank
-    order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))  # the longest first: memory runs out early or never
-    mine = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)][RANK::WORLD]
-    todo = [group for group in mine if any(i not in done for i in group)]
+    mine = list(zip(groups, parts))[RANK::WORLD]
+    todo = [(group, part) for group, part in mine if not part.exists()]  # the others a killed run has left, whole
     model = load_model(cfg.model, device, mesh, dtype, frozen=True)
-    with unsharded(model), open(f"{cfg.out}.part{RANK}", "a", encoding="utf-8") as file:
-        for group in progress(todo, "decode", len(mine)):
+    with unsharded(model):
+        for group, part in progress(todo, "decode", len(mine)):
             prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
             uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
-            response_ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, uniforms=uniforms,
-                                          eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, top_p=cfg.top_p)
-            for i, ids, length in zip(group, response_ids.tolist(), mask.sum(1).tolist()):
-                cut = {} if ids[length - 1] == tokenizer.eos_token_id else {"cut": ["output"]}
-                file.write(json.dumps({"row": i, "output": decode_response(tokenizer, ids[:length]), **cut}) + "\n")
-            file.flush()
+            ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, uniforms=uniforms,
+                                 eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, top_p=cfg.top_p)  # [B, T]
+            answers = [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist())]
+            write_jsonl(part, [dict(row=i, output=decode_response(tokenizer, answer))
+                               | ({} if answer[-1] == tokenizer.eos_token_id else {"cut": ["output"]})
+                               for i, answer in zip(group, answers)])
     barrier()
     if RANK == 0:
-        done, name = decoded(), cfg.generator or Path(cfg.model).resolve().name
-        write_jsonl(cfg.out, [{k: v for k, v in row.items() if k != "cut"} | {"input": row.get("input") or "", "generator": name}
-                              | {k: v for k, v in done[i].items() if k != "row"} for i, row in enumerate(rows)])
+        done = {row.pop("row"): row for part in parts for row in logged(part)}
+        name = cfg.generator or Path(cfg.model).resolve().name
+        rows = [row | {"input": row.get("input") or "", "generator": name} for row in rows]
+        write_jsonl(cfg.out, [{k: v for k, v in row.items() if k != "cut"} | done[i] for i, row in enumerate(rows)])
         finish(cfg)
-        for part in parts():
-            part.unlink()
-        say(f"{cfg.out}: {len(rows)} answers, {sum('cut' in row for row in done.values())} of them cut at {cfg.response_len} tokens")
-
-
-def whole_lines(path):
-    """The rows of a file whose last line a kill may have torn"""
-    text = Path(path).read_bytes() if Path(path).exists() else b""
-    return [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+        shutil.rmtree(parts[0].parent)
+        cut = sum("cut" in row for row in done.values())
+        say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
 
 
 # ---------------------------------------------------------------- judge
 
 def matched(path_1, path_2, key, kinds):
-    """The rows of two files about the same question, side by side; the k-th of a question goes with the other's k-th"""
+    """The rows of two files about the same question, side by side; a question's k-th row goes with the other's k-th"""
     def by_question(path):
         found = defaultdict(list)
         for row in read_jsonl(path, {"instruction": str} | kinds):
@@ -257,6 +249,15 @@ def preference(verdicts, shown_first):
     return int(mean) if mean in (1, 2) else mean
 
 
+def judge_request(cfg, pair, first):
+    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
+    shown = dict(instruction=pair[0]["instruction"], input=pair[0].get("input") or "", first=pair[first - 1]["output"],
+                 second=pair[2 - first]["output"], neutral=NEUTRAL if cfg.prompt == "length_neutral" else "")
+    template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
+    text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template).encode("utf-8", "replace").decode()
+    return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
+
+
 def judge(cfg):
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
     check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -265,35 +266,38 @@ def judge(cfg):
     if WORLD > 1 and cfg.judge != "reward_model":
         fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
     pairs = matched(cfg.reference, cfg.outputs, ("instruction", "input"), {"output": str})  # (theirs, ours)
-    orders = [[1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))] for i in range(len(pairs))]
-    orders = [[] if pair[0]["output"] == pair[1]["output"] else firsts for firsts, pair in zip(orders, pairs)]  # the same: a draw
-    cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output (1 or 2) shown as (a)
+    orders = [[] if theirs["output"] == ours["output"] else  # the same twice: a draw, nobody is asked
+              [1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
+              for i, (theirs, ours) in enumerate(pairs)]
+    cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
     if cfg.dry_run:
         from extras.claude_plan import show_plan
-        requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
-        return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api) if requests else say("no two answers differ")
+        requests = [judge_request(cfg, pairs[i], first) for i, first in cases] or fail("no two answers differ")
+        return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api)
     if cfg.judge == "reward_model":
-        named = cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER")
-        check_model(named, "reward_model", "python reward_model.py")
+        check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model",
+                    "python reward_model.py")
         level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
         prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
-        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) or [tokenizer.eos_token_id]
-                   for pair in pairs for row in pair]
+        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", []))
+                   or [tokenizer.eos_token_id] for pair in pairs for row in pair]
         fit_positions(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
-    finished = begin(cfg, free=("concurrency", "batch_api", "dry_run", "micro_batch"), inputs=[cfg.outputs, cfg.reference])
-    if finished and not any(row["preference"] is None for row in whole_lines(cfg.out)):
+    free = ("concurrency", "batch_api", "dry_run", "micro_batch")
+    finished = begin(cfg, free=free, inputs=[cfg.outputs, cfg.reference])
+    if finished and not any(row["preference"] is None for row in logged(cfg.out)):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- replies[case]: "Output (a)", from whomever
-    scores, errors, annotator = None, {}, {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}[cfg.judge]
+    scores, errors = None, {}
     if cfg.judge == "claude":
         from extras.claude_judge import ask_judge
-        replies, errors = ask_judge(cfg, {case: judge_request(cfg, pairs[case[0]], case[1]) for case in cases})
+        replies, errors = ask_judge(cfg, {(i, first): judge_request(cfg, pairs[i], first) for i, first in cases})
     elif cfg.judge == "gold":
         from data.toy.prepare import gold
         scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]
     else:
-        R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]           # all ranks
+        from extras.held_out import score
+        R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]            # all ranks
         scores = [R[i:i + 2] for i in range(0, len(R), 2)]
     if scores:  # who scores each answer alone sees no order
         replies = {(i, first): "Draw" if scores[i][0] == scores[i][1] else
@@ -301,12 +305,12 @@ def judge(cfg):
 
     # ---------------------------------------------------------------- one row per pair
     if RANK == 0:
-        rows = []
+        rows, annotator = [], {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}[cfg.judge]
         for i, ((theirs, ours), firsts) in enumerate(zip(pairs, orders)):
             verdicts = [replies.get((i, first)) for first in firsts]
             why = "; ".join(errors[i, first] for first in firsts if (i, first) in errors)
-            rows.append(dict(
-                instruction=theirs["instruction"], input=theirs.get("input") or "",
+            rows.append({k: v for k, v in theirs.items() if k not in ("output", "generator", "cut")} | dict(
+                input=theirs.get("input") or "",
                 output_1=theirs["output"], generator_1=theirs.get("generator") or Path(cfg.reference).stem,
                 output_2=ours["output"], generator_2=ours.get("generator") or Path(cfg.outputs).stem,
                 annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts, shown_first=firsts,
@@ -314,27 +318,20 @@ def judge(cfg):
         write_jsonl(cfg.out, rows)
         preferences = [row["preference"] for row in rows]
         tell({cfg.out: win_rate(preferences) | {"n_unparsed": preferences.count(None)}})
+        for rest in (".replies", ".batches"):
+            Path(cfg.out + rest).unlink(missing_ok=True)
     finish(cfg)
-    for rest in (".replies", ".batches"):
-        Path(cfg.out + rest).unlink(missing_ok=True)
-
-
-def judge_request(cfg, pair, first):
-    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
-    shown = {"instruction": pair[0]["instruction"], "input": pair[0].get("input") or "", "first": pair[first - 1]["output"],
-             "second": pair[2 - first]["output"], "neutral": NEUTRAL if cfg.prompt == "length_neutral" else ""}
-    template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
-    text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template).encode("utf-8", "replace").decode()
-    return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
 
 
 # ---------------------------------------------------------------- winrate
 
 def read_annotations(path):
-    rows = read_jsonl(path, {"instruction": str, "output_1": str, "output_2": str, "preference": (int, float, type(None))})
+    number = (int, float, type(None))
+    rows = read_jsonl(path, {"instruction": str, "output_1": str, "output_2": str, "preference": number})
     for row in rows:
         if not (row["preference"] in (None, 0) or 1 <= row["preference"] <= 2):
-            fail(f"{path}: preference must be 1, 2, between them, 0 or null, got {row['preference']} at {row['instruction'][:60]!r}")
+            fail(f"{path}: preference must be 1, 2, between them, 0 or null, got {row['preference']} at "
+                 f"{row['instruction'][:60]!r}")
     return rows
 
 
@@ -349,12 +346,12 @@ def summary(rows):
     thirds = [scored[len(scored) * k // 3:len(scored) * (k + 1) // 3] for k in range(3)]
     return win_rate(row["preference"] for row in rows) | dict(
         n_unparsed=len(rows) - len(scored),
-        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen in both orders, the place won
-        first_position=mean_and_error(picks)[0],                            # %: of verdicts, the answer shown first; 50 is fair
+        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen both ways, the place won
+        first_position=mean_and_error(picks)[0],                            # %: of verdicts, those for (a); 50 is fair
         length_1=statistics.fmean(len(row["output_1"]) for row in rows),    # characters, of the reference
         length_2=statistics.fmean(len(row["output_2"]) for row in rows),    # of ours
-        by_length=[dict(ours_longer_by=f"{longer(third[0])} to {longer(third[-1])}", **win_rate(row["preference"] for row in third))
-                   for third in thirds if third])
+        by_length=[dict(ours_longer_by=f"{longer(third[0])} to {longer(third[-1])}",
+                        **win_rate(row["preference"] for row in third)) for third in thirds if third])
 
 
 def winrate(cfg):
@@ -370,58 +367,15 @@ def winrate(cfg):
     say(json.dumps(figures if len(cfg.data) == 2 else figures[cfg.data[0]], indent=1)) if cfg.json else tell(figures)
 
 
-# ---------------------------------------------------------------- rewards
-
-@torch.no_grad()
-def score(path, level, prompts, responses, micro_batch, dtype):
-    """A reward model's R of each response, and its r_t (lists). A sequence model has no token rewards: what each token adds to the
-    score of the prefix stands for them. All ranks."""
-    device, mesh, dtype = setup(dtype)
-    model = load_model(path, device, mesh, dtype, head="saved", frozen=True)
-    R, r = torch.zeros(len(responses), device=device), torch.zeros(len(responses), max(map(len, responses)), device=device)
-    for part in deal(range(len(responses)), [len(p) + len(a) for p, a in zip(prompts, responses)], micro_batch):
-        packed = pack([prompts[i] for i in part or [0]], [responses[i] for i in part or [0]], device)
-        heads, lengths = token_heads(model, *packed), packed[2].sum(1, keepdim=True)               # [B, T], [B, 1]. All ranks
-        whole = heads.sum(1, keepdim=True) / lengths if level == "token" else heads.gather(1, lengths - 1)  # Eq. 1, or the last r
-        if level == "sequence":
-            heads = heads - token_heads(model, *packed, before=True)                               # all ranks
-        if part:
-            R[part], r[part, :heads.shape[1]] = whole[:, 0], heads
-    return total(R).tolist(), [row[:len(ids)] for row, ids in zip(total(r).tolist(), responses)]  # each row is 0 but on its rank
-
+# ---------------------------------------------------------------- rewards, report: beside the story
 
 def rewards(cfg):
-    check_model(cfg.reward_model, "reward_model", "python reward_model.py")
-    for path in cfg.data or fail("rewards needs held-out files: python evaluate.py rewards data/toy/pref_heldout.jsonl"):
-        check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
-    from extras.reward_figures import figures_of, read_held_out
-    level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
-    files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
-    pairs = [pair for file in files for pair in file["pairs"]]  # (row, prompt, better answer, worse answer), the last three as ids
-    fit_positions(cfg.reward_model, "reward_model", max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs))
-    inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
-    if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
-        return say(f"{cfg.out} is finished; nothing to do")
-    R, r = score(cfg.reward_model, level, [pair[1] for pair in pairs] * 2, [pair[2] for pair in pairs] + [pair[3] for pair in pairs],
-                 cfg.micro_batch, cfg.dtype)                                                       # all ranks
-    found, start = [], 0
-    for file in files:
-        start, (w, l) = start + len(file["pairs"]), (slice(k, k + len(file["pairs"])) for k in (start, len(pairs) + start))
-        figures = figures_of(file, R[w], R[l], r[w], r[l], tokenizer, cfg.resamples, cfg.seed)
-        found.append(dict(reward_model=cfg.reward_model, level=level) | figures)
-    if cfg.out and RANK == 0:
-        with replacing(cfg.out) as file:
-            json.dump(found, file, indent=1)
-        finish(cfg)
-    say(json.dumps(found, indent=1)) if cfg.json else tell({figures["data"]: figures for figures in found})
+    from extras.held_out import write_rewards
+    write_rewards(cfg)
 
-
-# ---------------------------------------------------------------- report
 
 def report(cfg):
     from extras.report import write_report
-    for path in cfg.data or fail("report needs run folders, or folders that hold them: python evaluate.py report out"):
-        check_input(path, "data", "bash demo.sh")
     write_report(cfg)
 
 

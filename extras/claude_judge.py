@@ -1,36 +1,36 @@
-"""Claude's replies to evaluate.py's judge, none of them lost or paid for twice: through edit.py's client, which bounds and retries."""
+"""Claude's replies to the judge's requests, none lost or paid for twice; by edit.py's client, which bounds waits"""
 import json
 from collections import Counter
 from pathlib import Path
 
-from common import progress, say, write_jsonl
+from common import logged, progress, say, write_jsonl
 from edit import ask_claude, dollars, stopping
-from evaluate import parse_verdict, whole_lines
+from evaluate import parse_verdict
 
 
 def ask_judge(cfg, requests):
     """requests: (pair, output shown first) -> arguments of messages.create. -> replies and errors by the same keys.
 
-    Each reply is on disk (<out>.replies) as soon as it is there: a run that was killed asks only for what is missing. What cannot be
-    read is asked up to three times, and again by the next run."""
+    Each reply is on disk (<out>.replies) as soon as it is there: a run that was killed asks only for what is missing.
+    What cannot be read is asked up to three times, and again by the next run."""
     log, usage = Path(f"{cfg.out}.replies"), Counter(input_tokens=0, output_tokens=0)
     if cfg.overwrite:
         for rest in (".replies", ".batches"):
             Path(cfg.out + rest).unlink(missing_ok=True)
-    kept = whole_lines(log)
-    kept = kept or [dict(case=[i, first], reply=reply) for i, row in enumerate(whole_lines(cfg.out))
-                    for first, reply in zip(row["shown_first"], row["verdicts"])]
-    write_jsonl(log, kept)
+    kept = logged(log) or [dict(case=[i, first], reply=reply) for i, row in enumerate(logged(cfg.out))
+                           for first, reply in zip(row["shown_first"], row["verdicts"])]
+    write_jsonl(log, kept)  # without a line that a kill has torn
     replies, errors, hopeless = {tuple(row["case"]): row["reply"] for row in kept}, {}, set()
     with stopping() as stop, open(log, "a", encoding="utf-8") as file:
         for _ in range(3):
-            asked = {f"{i}-{first}": (i, first) for i, first in requests if parse_verdict(replies.get((i, first))) is None}
-            asked = {key: case for key, case in asked.items() if case not in hopeless}
+            asked = {f"{i}-{first}": (i, first) for i, first in requests
+                     if (i, first) not in hopeless and parse_verdict(replies.get((i, first))) is None}
             if not asked or stop.is_set():
                 break
             with progress(list(asked), "judge", len(requests)) as bar:
-                for key, reply in ask_claude({key: requests[case] for key, case in asked.items()}, stop, concurrency=cfg.concurrency,
-                                             batches=f"{cfg.out}.batches" if cfg.batch_api else None):
+                todo = {key: requests[case] for key, case in asked.items()}
+                batches = f"{cfg.out}.batches" if cfg.batch_api else None
+                for key, reply in ask_claude(todo, stop, concurrency=cfg.concurrency, batches=batches):
                     case = asked[key]
                     replies[case], errors[case] = reply.text, reply.error or f"no verdict ({reply.stop_reason})"
                     if parse_verdict(reply.text) is not None:
@@ -45,5 +45,6 @@ def ask_judge(cfg, requests):
         say(f"stopped; the replies are in {log}, the same command goes on")
         raise SystemExit(130)
     cost = dollars(cfg.model, usage, cfg.batch_api)
-    say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, {'unknown' if cost is None else f'{cost:.2f}'} dollars")
+    say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, "
+        f"{'unknown' if cost is None else f'{cost:.2f}'} dollars")
     return replies, errors

@@ -14,7 +14,7 @@ the level of PPO, and whether its reward model learnt from edits (diffs) or from
 import html, json, math, re, statistics
 from pathlib import Path
 
-from common import fail, logged, record_of, replacing, say
+from common import check_input, fail, logged, record_of, replacing, say
 from diff import plain
 from evaluate import mean_and_error, paired, read_annotations, win_rate
 
@@ -626,6 +626,8 @@ def page(runs, tables, closer):
 
 
 def write_report(cfg):
+    for path in cfg.data or fail("report needs run folders, or folders that hold them: python evaluate.py report out"):
+        check_input(path, "data", "bash demo.sh")
     out = Path(cfg.out)
     if out.suffix != ".html":
         fail(f"--out={out} must end in .html")

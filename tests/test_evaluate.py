@@ -211,30 +211,34 @@ def test_decode_form(decoded, world):
         assert rows[i]["output"] == decode_response(tokenizer, ids) and rows[i].get("cut") == (None if ended else ["output"]), i
 
 
-def test_decode_on_two_ranks_is_the_same(decoded):
-    """torchrun --nproc_per_node=2 evaluate.py decode"""
+def test_decode_on_four_ranks_is_the_same(decoded):
+    """torchrun --nproc_per_node=4 evaluate.py decode"""
     home, flags = decoded
-    run("evaluate.py", "decode", *flags, f"--out={home}/two.jsonl", ranks=2)
-    assert (home / "two.jsonl").read_bytes() == (home / "one.jsonl").read_bytes()
+    run("evaluate.py", "decode", *flags, f"--out={home}/four.jsonl", ranks=4)
+    assert (home / "four.jsonl").read_bytes() == (home / "one.jsonl").read_bytes()
 
 
 def test_decode_goes_on(decoded):
-    """What a killed run left, a torn line too, is taken in and not decoded again; a finished one is left alone"""
+    """Groups that a killed run has finished are taken in and not decoded again, a torn one is; a finished run is left alone"""
     home, flags = decoded
-    rows = [{"row": i, "output": f"kept {i}"} for i in range(30) if i != 5]
-    out = home / "again.jsonl"
-    config = json.loads((home / "one.jsonl.run.json").read_text()) | {"finished": False}
-    (home / "again.jsonl.run.json").write_text(json.dumps(config))
-    write(home / "again.jsonl.part3", rows[:20])
-    (home / "again.jsonl.part0").write_text("".join(json.dumps(row) + "\n" for row in rows[20:]) + '{"row": 5, "output": "torn')
+    out, parts, once = home / "again.jsonl", home / "again.jsonl.parts", rows_of(home / "one.jsonl")
+    with mock.patch.object(evaluate, "write_jsonl", side_effect=[None] * 7 + [KeyboardInterrupt]) as written:
+        with pytest.raises(KeyboardInterrupt):
+            here("decode", *flags, f"--out={out}")
+    groups = [[row["row"] for row in call.args[1]] for call in written.call_args_list]
+    assert sorted(i for group in groups for i in group) == list(range(30)) and all(len(group) <= 4 for group in groups)
+    parts.mkdir()
+    for number, group in enumerate(groups[:7]):
+        write(parts / f"{number}.jsonl", [{"row": i, "output": f"kept {i}"} for i in group])
+    (parts / "7.jsonl.tmp").write_text('{"row": 5, "output": "torn')
     here("decode", *flags, f"--out={out}")
-    again, once = rows_of(out), rows_of(home / "one.jsonl")
-    new = [i for i, row in enumerate(again) if row["output"] != f"kept {i}"]
-    assert 5 in new and len(new) <= 4 and [again[i]["output"] for i in new] == [once[i]["output"] for i in new], "its group of 4, no more"
-    assert not list(home.glob("again.jsonl.part*"))
-    assert "nothing to do" in here("decode", *flags, f"--out={out}").stdout
+    again = rows_of(out)
+    assert [row["output"] for row in again] == [once[i]["output"] if i in groups[7] else f"kept {i}" for i in range(30)]
+    assert not parts.exists() and "nothing to do" in here("decode", *flags, f"--out={out}").stdout
     done = here("decode", *flags, f"--out={out}", "--top_p=0.5", ok=False)
     assert done.returncode == 2 and "top_p: 0.9 then, 0.5 now" in done.stderr
+    here("decode", *flags, f"--out={out}", "--overwrite=true")
+    assert rows_of(out) == once
 
 
 def test_decode_refuses_what_does_not_fit(decoded):
