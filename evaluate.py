@@ -88,6 +88,7 @@ class RewardsConfig:
 class ReportConfig:
     data: list[str] = ()                        # run folders, or folders that hold them: one such folder per seed
     out: str = "out/report.html"                # report.md, the tables alone, goes beside it
+    target: float | None = None                 # Table 3: also steps and hours to this win rate, in percent
     markdown: bool = False                      # print the tables as Markdown, not as text
     seed: int = 0                               # the bootstrap's draws
     overwrite: bool = False                     # replace a file that is no report of ours

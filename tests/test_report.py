@@ -7,7 +7,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import rows_of, run
 from evaluate import win_rate
-from extras import report
+from extras import report, report_page
 
 ARMS = {"ppo_rlhf": ("sequence", "rm_original", 24.0), "ppo_fine": ("sequence", "rm_edited", 44.0), "ppo_token": ("token", "rm_token", 58.0)}
 EVIL = "</span><script>alert(1)</script>\x1b[31m\u202e & \"quoted\" | {x}"
@@ -95,7 +95,7 @@ def test_tables_of_one_seed(seeds):
     one = made(tables, "Table 1")
     for name, label, paper in (("ppo_token", report.TOKEN, "51.6 ± 1.8"), ("ppo_fine", report.FINE, "51.2 ± 1.8"), ("ppo_rlhf", report.RLHF, "46.5 ± 1.8")):
         figures = win_rate(row["preference"] for row in rows_of(seeds[0] / name / "annotations.jsonl"))
-        assert one[label] == [paper, f"{figures['win_rate']:.1f} ± {figures['standard_error']:.1f}", f"{figures['win_rate']:.1f}", "200"]
+        assert one[label] == [paper, f"{figures['win_rate']:.1f} ± {figures['standard_error']:.1f}", f"{figures['win_rate']:.1f}", "25", "200"]
     assert list(one)[:5] == [report.TOKEN, report.FINE, "the reference: Davinci003; ours: reference", report.RLHF, "SFT"]
     two = made(tables, "Table 2")
     accuracy = {name: json.loads((seeds[0] / name / "rewards.json").read_text())[0]["accuracy"] for name in ("rm_original", "rm_edited", "rm_token")}
@@ -138,15 +138,15 @@ def test_what_is_missing_is_missing(tmp_path):
     run_json(tmp_path / "ppo_token", policy="out/sft", reward_model="out/rm", level="token")
     (tmp_path / "ppo_token/metrics.jsonl").write_text('{"step": 0, "reward": 1.0, "kl": 0.0, "seconds": 1.0}\n{"step": 1, "rew')
     runs, tables = build([tmp_path])
-    assert made(tables, "Table 1")[report.TOKEN][1:] == ["-", "-", "-"] and made(tables, "Table 2")[report.RM_FINE] == ["85.2 ± 1.8", "-", "-", "-"]
+    assert made(tables, "Table 1")[report.TOKEN][1:] == ["-", "-", "-", "-"] and made(tables, "Table 2")[report.RM_FINE] == ["85.2 ± 1.8", "-", "-", "-"]
     assert made(tables, "Table 3")[f"{report.TOKEN}, to its own best"][1:] == ["2", "- (1 of 1 never)", "-", "-"]
-    text = report.page(runs, tables[:4], tables[4])
+    text = report_page.page(runs, tables[:4], tables[4])
     assert "no samples.jsonl" in text and "needs annotations of models kept" in text and "nan" not in text.lower().split()
 
 
 def test_hacking_is_told(seeds):
     """The arm whose score rises while its win rate falls is named, and no other"""
-    body = report.hacking(report.read_runs(seeds))
+    body = report_page.hacking(report.read_runs(seeds))
     told = dict(zip(re.findall(r'class="title">(.*?)</text>', body), re.findall(r"<b>(.*?)</b>", body)))
     assert "reward hacking" in told.pop(report.RLHF) and set(told.values()) == {"the judge follows the score"} and len(told) == 2
 
@@ -195,7 +195,7 @@ def test_only_our_own_file_is_replaced(seeds, tmp_path):
 
 def test_heat_is_what_ppo_is_paid():
     """Token level: each token's own; the strength grows with |r|, the sign gives the colour"""
-    body = report.heat(["good", "bad", "", "none"], [1.0, -0.4, 3.0, None], 1.0)
+    body = report_page.heat(["good", "bad", "", "none"], [1.0, -0.4, 3.0, None], 1.0)
     tones = re.findall(r"rgb\(var\((--\w+)\) / ([\d.]+)\)", body)
     assert tones == [("--good", "0.75"), ("--bad", "0.30"), ("--bad", "0.00")], "an empty text is not drawn, a token without reward is plain"
 
@@ -211,7 +211,7 @@ def test_ticks_cover():
     for _ in range(300):
         low = draw.uniform(-50, 50)
         high = low + draw.choice([0, 10 ** draw.uniform(-3, 4)])
-        found = report.ticks(low, high)
+        found = report_page.ticks(low, high)
         assert found[0] <= low + 1e-6 * abs(low) and found[-1] >= high - 1e-6 * abs(high) and 2 <= len(found) <= 7
 
 

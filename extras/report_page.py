@@ -1,0 +1,374 @@
+"""The page of `python evaluate.py report`: figures as inline SVG, token heatmaps, where each number came from. No script,
+nothing from outside, light and dark; all text that a model or a person wrote goes through safe()."""
+import json, math, statistics
+
+from common import record_of
+from evaluate import mean_and_error
+from extras.report import MARK, ORDER, arms, as_html, checkpoints, pm, safe
+
+
+# ---------------------------------------------------------------- figures: inline SVG
+
+def ticks(low, high, count=4):
+    """Round numbers that cover low..high"""
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(span / count))
+    step *= next(k for k in (1, 2, 2.5, 5, 10) if span / (k * step) <= count)
+    first = math.floor(low / step + 1e-9) * step
+    return [first + i * step for i in range(math.ceil((high - first) / step - 1e-9) + 1)]
+
+
+def short(x):
+    return f"{x:.6g}" if abs(x) < 1e4 else f"{x:.3g}"
+
+
+class Plot:
+    """Axes with room for lines: data coordinates in, SVG out"""
+
+    def __init__(self, title, xlabel, xs, ys, width=500, height=250):
+        self.title, self.xlabel, self.width, self.height, self.parts = title, xlabel, width, height, []
+        self.left, self.right, self.top, self.bottom = 48, 14, 34, 40
+        self.x_ticks, self.y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys))
+        self.x_range, self.y_range = (min(xs), max(xs)), (self.y_ticks[0], self.y_ticks[-1])
+
+    def at(self, x, y):
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        return (self.left + (x - x0) / ((x1 - x0) or 1) * (self.width - self.left - self.right),
+                self.top + (y1 - y) / ((y1 - y0) or 1) * (self.height - self.top - self.bottom))
+
+    def points(self, xs, ys):
+        return " ".join("{:.1f},{:.1f}".format(*self.at(x, y)) for x, y in zip(xs, ys))
+
+    def line(self, xs, ys, colour, style=""):
+        self.parts.append(f'<polyline points="{self.points(xs, ys)}" class="line {style}" style="stroke:{colour}"/>')
+
+    def band(self, xs, low, high, colour):
+        points = self.points([*xs, *xs[::-1]], [*low, *high[::-1]])
+        self.parts.append(f'<polygon points="{points}" style="fill:{colour}" class="band"/>')
+
+    def dot(self, x, y, colour, size=3.4, hollow=False, note=""):
+        cx, cy = self.at(x, y)
+        fill = "var(--page)" if hollow else colour
+        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" style="stroke:{colour};fill:{fill}" class="dot">'
+                          f'<title>{safe(note)}</title></circle>')
+
+    def rule(self, y, words, end=False):
+        x0, cy = self.at(self.x_range[0], y)
+        x1 = self.width - self.right
+        x, side = (x1, "end") if end else (x0 + 5, "")
+        self.parts.insert(0, f'<line x1="{x0:.1f}" x2="{x1}" y1="{cy:.1f}" y2="{cy:.1f}" class="rule"/>'
+                             f'<text x="{x:.1f}" y="{cy - 5:.1f}" class="{side}">{safe(words)}</text>')
+
+    def svg(self):
+        grid = []
+        for y in self.y_ticks:
+            x0, cy = self.at(self.x_range[0], y)
+            grid.append(f'<line x1="{x0}" x2="{self.width - self.right}" y1="{cy:.1f}" y2="{cy:.1f}" class="grid"/>'
+                        f'<text x="{x0 - 7}" y="{cy + 4:.1f}" class="end">{short(y)}</text>')
+        for x in self.x_ticks:
+            if self.x_range[0] - 1e-9 <= x <= self.x_range[1] + 1e-9:
+                cx, cy = self.at(x, self.y_range[0])
+                grid.append(f'<line x1="{cx:.1f}" x2="{cx:.1f}" y1="{cy:.1f}" y2="{cy + 4:.1f}" class="tick"/>'
+                            f'<text x="{cx:.1f}" y="{cy + 17:.1f}" class="mid">{short(x)}</text>')
+        middle = (self.left + self.width - self.right) / 2
+        return (f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{safe(self.title)}">'
+                f'<text x="0" y="14" class="title">{safe(self.title)}</text>{"".join(grid)}{"".join(self.parts)}'
+                f'<text x="{middle}" y="{self.height - 4}" class="mid quiet">{safe(self.xlabel)}</text></svg>')
+
+
+def colours(labels):
+    """label -> its colour, the same in every figure; the variables are set for light and for dark"""
+    paper = {label: ORDER.index(label) % 3 for label in labels if label in ORDER}
+    others = [label for label in labels if label not in paper]
+    return {label: f"var(--c{i})" for label, i in (paper | {label: 3 + i % 5 for i, label in enumerate(others)}).items()}
+
+
+def across_seeds(series):
+    """[{x: y}, ...] one per seed -> xs, mean, low, high at the steps that all seeds have"""
+    xs = sorted(set.intersection(*(set(one) for one in series))) if series else []
+    columns = [[one[x] for one in series] for x in xs]
+    return xs, [statistics.fmean(c) for c in columns], [min(c) for c in columns], [max(c) for c in columns]
+
+
+def curves(runs):
+    """Win rate, reward, KL and length along training, arms overlaid, seeds as bands"""
+    groups, panels = arms(runs, "ppo"), []
+    paint = colours(groups)
+
+    def own_scale(run):  # 0: the first step, 1: the highest
+        rows = {row["step"]: row["reward"] for row in run["metrics"] if "reward" in row}
+        first, top = rows[min(rows)] if rows else 0, max(rows.values(), default=1)
+        return {step: (y - first) / ((top - first) or 1) for step, y in rows.items()}
+
+    def metric(name):
+        return lambda run: {row["step"]: row[name] for row in run["metrics"] if isinstance(row.get(name), (int, float))}
+
+    def won(run):
+        return {step: figures["win_rate"] for step, figures in checkpoints(run, runs)}
+
+    for title, read in (("Win rate, % (± standard error, or the range of seeds)", won),
+                        ("Reward, each run on its own scale: 0 first, 1 highest", own_scale),
+                        ("KL from the starting policy, nats per response", metric("kl")),
+                        ("Length of a response, tokens", metric("response_length"))):
+        lines = {}
+        for label, mine in groups.items():
+            xs, mean, low, high = across_seeds([one for one in map(read, mine) if one])
+            if len(mine) == 1 and "Win" in title and xs:
+                errors = {s: f["standard_error"] or 0 for s, f in checkpoints(mine[0], runs)}
+                low, high = [y - errors[x] for x, y in zip(xs, mean)], [y + errors[x] for x, y in zip(xs, mean)]
+            if xs:
+                lines[label] = xs, mean, low, high
+        if not lines:
+            panels.append(f"<p class=missing>{safe(title)}: nothing of it in these folders</p>")
+            continue
+        plot = Plot(title, "step", [x for xs, *_ in lines.values() for x in xs],
+                    [y for _, _, low, high in lines.values() for y in low + high])
+        for label, (xs, mean, low, high) in lines.items():
+            if low != high:
+                plot.band(xs, low, high, paint[label])
+        for label, (xs, mean, low, high) in lines.items():
+            plot.line(xs, mean, paint[label])
+            for x, y in zip(xs, mean) if "Win" in title else []:
+                plot.dot(x, y, paint[label], note=f"{label}, step {x}: {y:.1f}")
+        if "Win" in title and plot.y_range[0] <= 50 <= plot.y_range[1]:
+            plot.rule(50, "the reference")
+        panels.append(plot.svg())
+    seeds = max((len(mine) for mine in groups.values()), default=0)
+    note = f"Lines: the mean of {seeds} seeds; bands: lowest to highest." if seeds > 1 else "One seed."
+    return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>{note}</figcaption>"
+
+
+def legend(groups):
+    paint = colours(groups)
+    keys = (f'<span><i style="background:{paint[label]}"></i>{safe(label)}</span>' for label in groups)
+    return f"<p class=legend>{''.join(keys)}</p>"
+
+
+def path_of(run, runs):
+    """[(step, mean reward of the rollouts just before it, figures of win_rate)] along a PPO run"""
+    rewards = {row["step"]: row["reward"] for row in run["metrics"] if isinstance(row.get("reward"), (int, float))}
+    near = {step: [rewards[s] for s in ([0] if step == 0 else range(step - 3, step)) if s in rewards]
+            for step, _ in checkpoints(run, runs)}
+    return [(step, statistics.fmean(near[step]), figures) for step, figures in checkpoints(run, runs) if near[step]]
+
+
+def verdict(paths):
+    """One arm's paths, one per seed -> (how bad: "bad", "warn" or ""), figures, words"""
+    def gain(first, last):  # points of win rate, and their error
+        mean, error = mean_and_error([path[last][2]["win_rate"] - path[first][2]["win_rate"] for path in paths])
+        errors = (paths[0][i][2]["standard_error"] or 0 for i in (first, last))
+        return mean, math.hypot(*errors) if error is None else error
+    score = statistics.fmean(path[-1][1] - path[0][1] for path in paths)
+    won, error = gain(0, -1)
+    steps = range(min(map(len, paths)))
+    best = max(steps, key=lambda i: statistics.fmean(path[i][2]["win_rate"] for path in paths))
+    fell, fall_error = gain(best, -1)
+    figures = f"score {score:+.2f}, win rate {won:+.1f} ± {error:.1f}"
+    if score <= 0:
+        return "", figures, "the score did not rise"
+    if won < error:
+        return "bad", figures, "the score rose, the judge did not follow: reward hacking"
+    if fell < -2 * fall_error:
+        figures += f"; since step {paths[0][best][0]} {fell:+.1f} ± {fall_error:.1f}"
+        return "warn", figures, f"the judge followed to step {paths[0][best][0]}, then fell back: over-optimised"
+    return "", figures, "the judge follows the score"
+
+
+def hacking(runs):
+    """The judge's win rate against the reward model's score, one panel per arm, a path per seed"""
+    groups = arms(runs, "ppo")
+    paint, panels = colours(groups), []
+    paths = {label: [path for run in mine if len(path := path_of(run, runs)) > 1] for label, mine in groups.items()}
+    paths = {label: of for label, of in paths.items() if of}
+    if not paths:
+        return "<p class=missing>needs annotations of models kept along training (in step_N of the runs)</p>"
+    rates = [figures["win_rate"] for of in paths.values() for path in of for _, _, figures in path]
+    for label, of in paths.items():
+        tone, figures, words = verdict(of)
+        plot = Plot(label, "score by its own reward model →", [x for path in of for _, x, _ in path], rates, 330, 270)
+        pad = 0.06 * ((plot.x_range[1] - plot.x_range[0]) or 1)
+        plot.x_range = plot.x_range[0] - pad, plot.x_range[1] + pad
+        plot.rule(statistics.fmean(path[0][2]["win_rate"] for path in of), "where it began", end=True)
+        for path in of:
+            plot.line([x for _, x, _ in path], [f["win_rate"] for _, _, f in path], paint[label], "thin")
+            for i, (step, x, f) in enumerate(path):
+                note = f"step {step}: score {x:.3f}, win rate {pm(f['win_rate'], f['standard_error'])}"
+                plot.dot(x, f["win_rate"], paint[label], 4 if i == 0 else 6 if i == len(path) - 1 else 2.6, i == 0, note)
+        panels.append(f"<div>{plot.svg()}<p class='verdict {tone}'>{safe(figures)}<br><b>{safe(words)}</b></p></div>")
+    return (f"<div class=grid3>{''.join(panels)}</div><figcaption>Win rate before the judge (%, the same axis in all panels) "
+            "against the reward model's score; a line per seed, from the starting policy (ring) to the last step (large dot). "
+            "Up and to the right is learning; to the right alone, or down, is a policy that fools its reward model: said "
+            "where the win rate has not risen by its standard error, or has fallen from its best by two.</figcaption>")
+
+
+def calibrations(runs):
+    """Do the reward models know when they are right?"""
+    groups = arms(runs, "reward model")
+    paint, panels = colours(groups), []
+    for kind, title in (("preferences", "Held-out pairs of the original kind"), ("edits", "Held-out edited pairs")):
+        lines = [(label, f["calibration"]["bins"]) for label, mine in groups.items() for run in mine
+                 for f in run["rewards"] if f.get("kind") == kind and (f.get("calibration") or {}).get("bins")]
+        if lines:
+            lowest = min(0.5, *(b["accuracy"] for _, bins in lines for b in bins))
+            plot = Plot(f"{title}: share right", "confidence σ(|R₁ − R₂|)", [0.5, 1.0], [lowest, 1.0])
+            plot.line([0.5, 1], [0.5, 1], "var(--grid)", "dashed")
+            for label, bins in lines:
+                plot.line([b["confidence"] for b in bins], [b["accuracy"] for b in bins], paint[label], "thin")
+                for b in bins:
+                    note = f"{label}: {b['accuracy']:.2f} right at {b['confidence']:.2f} (n={b['n']})"
+                    plot.dot(b["confidence"], b["accuracy"], paint[label], note=note)
+            panels.append(plot.svg())
+    note = "On the dashed line σ(R₁ − R₂) means what it says; below it the model is too sure."
+    return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>{note}</figcaption>" if panels else ""
+
+
+# ---------------------------------------------------------------- heatmaps
+
+def heat(tokens, rewards, scale):
+    """Tokens on blue (good) and red (bad), as strong as their reward"""
+    spans = []
+    for text, r in zip(tokens, rewards):
+        if text:
+            share = 0 if r is None or not scale else max(-1.0, min(1.0, r / scale))
+            tone = "--good" if share > 0 else "--bad"
+            shown = safe(text).replace("\n", "↵\n")
+            colour = f"rgb(var({tone}) / {0.75 * abs(share):.2f})"
+            spans.append(f'<span style="background:{colour}" title="{"no reward here" if r is None else f"{r:+.3f}"}">{shown}</span>')
+    return f"<div class=heat>{''.join(spans)}</div>"
+
+
+def paid(run, sample):
+    """One answer of an arm, painted as PPO was paid for it: r_t at every token, or all of R at the last"""
+    at_the_end = run["config"].get("level") == "sequence"
+    sizes = sorted(abs(r) for s in run["samples"] for r in ([s["reward"]] if at_the_end else s["token_rewards"]))
+    scale = sizes[int(0.98 * (len(sizes) - 1))] if sizes else 1  # a few outliers must not pale the rest
+    tokens = list(sample["tokens"])
+    if tokens and tokens[-1] == "":
+        tokens[-1] = "∎"
+    rewards = [None] * (len(tokens) - 1) + [sample["reward"]] if at_the_end else sample["token_rewards"]
+    where = ", all at the last token" if at_the_end else ""
+    return f"<div><h4>{safe(run['label'])} <em>R = {sample['reward']:+.2f}{where}</em></h4>{heat(tokens, rewards, scale)}</div>"
+
+
+def heatmaps(runs, prompts=3):
+    """The same prompt's answers across the arms of one seed: some of the last step, one of the first"""
+    runs = [run for mine in arms(runs, "ppo").values() for run in mine if run["samples"]]
+    if not runs:
+        return "<p class=missing>no samples.jsonl in these folders</p>"
+    seed = min(run["seed"] for run in runs)
+    runs = [run for run in runs if run["seed"] == seed]
+    by_run = [{(s["step"], s["instruction"], s.get("input") or ""): s for s in run["samples"]} for run in runs]
+    shared = set.intersection(*map(set, by_run)) or set(by_run[0])
+    first, last = min(key[0] for key in shared), max(key[0] for key in shared)
+    shown = [key for key in by_run[0] if key in shared and key[0] == last][:prompts]
+    shown += [key for key in by_run[0] if key in shared and key[0] == first][:1] if first < last else []
+    blocks = []
+    for key in shown:
+        step, instruction, more = key
+        answers = "".join(paid(run, samples[key]) for run, samples in zip(runs, by_run) if key in samples)
+        more = f"<br><span class=quiet>{safe(more)}</span>" if more else ""
+        blocks.append(f"<div class=sample><p><b>{safe(instruction)}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p>"
+                      f"<div class=grid3>{answers}</div></div>")
+    return "".join(blocks) + ("<figcaption>What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on "
+                              "its own scale; ∎ is the end of the answer. Point at a token for its number.</figcaption>")
+
+
+# ---------------------------------------------------------------- where it comes from
+
+def provenance(runs):
+    rows = []
+    for run in runs:
+        record = run["record"]
+        config = json.dumps(record.get("config", {}), indent=1)
+        state = f"finished {record['finished']}" if record.get("finished") else "not finished"
+        commit = f"{record.get('commit') or '-'}{' + changes' if record.get('dirty') else ''}"
+        facts = [state, f"commit {commit}", f"{record.get('world_size', '-')} rank(s)", str(record.get("device", "-")),
+                 f"torch {record.get('torch', '-')}", f"transformers {record.get('transformers', '-')}", f"{len(run['metrics'])} logged steps"]
+        rows.append(f"<details><summary><b>{safe(run['path'])}</b> {safe(run['label'])}</summary><p class=quiet>{safe(' · '.join(facts))}</p>"
+                    f"<pre>{safe(record.get('command', 'no run.json'))}</pre><pre>{safe(config)}</pre></details>")
+        for name in ("outputs.jsonl", "annotations.jsonl", "val_annotations.jsonl", "rewards.json"):
+            made = record_of(run["path"] / name)
+            if made:
+                rows.append(f"<details class=sub><summary>{safe(run['path'] / name)}</summary><pre>{safe(made.get('command', '-'))}</pre>"
+                            f"<pre>{safe(json.dumps(made.get('config', {}), indent=1))}</pre></details>")
+    return "".join(rows)
+
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1d1f23; --quiet: #686c74; --grid: #dfe0e2; --rule: #9a9ea6;
+  --good: 52 118 200; --bad: 214 82 56; --serif: Georgia, "Times New Roman", "DejaVu Serif", serif;
+  --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; --c0: #2467ad; --c1: #26886b; --c2: #c8553d;
+  --c3: #8465a8; --c4: #b0892b; --c5: #4a4f57; --c6: #c0578f; --c7: #5a8f29 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230; --bad: 226 104 78;
+    --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7; --c6: #e48dbb; --c7: #9acb66 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 48px 24px 80px; max-width: 1080px; background: var(--page); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums }
+h1 { font: 600 27px/1.25 var(--serif); margin: 0 0 6px }
+h2 { font: 600 19px/1.3 var(--serif); margin: 56px 0 14px; padding-top: 14px; border-top: 1px solid var(--grid) }
+h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px }
+h4 { font-size: 13px; font-weight: 600; margin: 0 0 4px }
+h4 em { display: block; color: var(--quiet); font-style: normal; font-weight: 400 }
+figure { margin: 0 0 34px }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
+th { text-align: left; font-weight: 500; color: var(--quiet); border-bottom: 1px solid var(--rule) }
+th, td { padding: 5px 18px 5px 0; white-space: nowrap; vertical-align: top }
+td:first-child { white-space: normal }
+tbody tr:first-child td { padding-top: 8px }
+tbody tr:last-child td { padding-bottom: 8px }
+table.small { font-size: 12px }
+table.small th, table.small td { padding-right: 12px; white-space: nowrap }
+figcaption, .quiet, .missing { color: var(--quiet); font-size: 13px }
+figcaption { margin-top: 8px; max-width: 84ch }
+.missing { font-style: italic }
+.grid2, .grid3 { display: grid; gap: 26px 34px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)) }
+.grid3 { gap: 26px; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)) }
+svg { width: 100%; height: auto; display: block; overflow: visible }
+svg text { font-size: 11.5px; fill: var(--quiet) }
+svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
+.end { text-anchor: end }
+.mid { text-anchor: middle }
+.grid { stroke: var(--grid) }
+.tick { stroke: var(--rule) }
+.rule { stroke: var(--rule); stroke-dasharray: 2 3 }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round }
+.thin { stroke-width: 1.4; opacity: .8 }
+.dashed { stroke-dasharray: 5 4 }
+.band { opacity: .16 }
+.dot { stroke-width: 1.8 }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 14px; font-size: 13.5px }
+.legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; border-radius: 2px }
+.verdict { margin: 6px 0 0; font-size: 13px; color: var(--quiet) }
+.verdict b { color: var(--ink); font-weight: 600 }
+.bad b { color: rgb(var(--bad)) }
+.warn b { color: var(--c4) }
+.sample { margin: 0 0 26px; padding-left: 14px; border-left: 2px solid var(--grid) }
+.sample p { margin: 0 0 8px; white-space: pre-wrap }
+.heat { font: 13px/1.75 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere }
+.heat span { border-radius: 2px; padding: 1px 0 }
+details { margin: 4px 0 }
+details.sub { margin-left: 20px }
+summary { cursor: pointer }
+pre { font: 12px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px; color: var(--quiet) }
+"""
+
+
+def page(runs, tables, closer):
+    missing = "<p class=missing>no rewards.json in these folders</p>"
+    sections = [("Which arm fooled its reward model?", hacking(runs)), ("Along training", curves(runs)),
+                ("The paper's tables, and ours", "".join(map(as_html, tables))), ("What each token is paid", heatmaps(runs)),
+                ("The reward models", as_html(closer, small=True) + calibrations(runs) if closer[2] else missing),
+                ("Where the numbers come from", provenance(runs))]
+    seeds = sorted({run["seed"] for run in runs})
+    return f"""<!doctype html>
+{MARK}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Fine-grained RLHF: report</title><style>{STYLE}</style></head><body>
+<h1>Aligning language models via fine-grained supervision</h1>
+<p class=quiet>{len(runs)} runs in {safe(", ".join(seeds))}</p>
+{"".join(f"<section><h2>{safe(title)}</h2>{body}</section>" for title, body in sections)}
+</body></html>
+"""
