@@ -1,9 +1,11 @@
 """Each public function against a slow loop in float64, with garbage in the padding. pytest tests/test_math.py"""
-import functools, math, random
+import copy, functools, math, random, statistics
+from types import SimpleNamespace
 
 import pytest, torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
-import diff, ppo, reward_model
+import common, diff, ppo, reward_model
 
 GARBAGE = float("nan")
 
@@ -205,3 +207,268 @@ def test_learning_rate_moves_as_stated():
     rates = [ppo.learning_rate(cfg, k, rows=512 * 39) for k in range(391)]
     assert rates[0] == 0.2 and rates[4] == 1.0 and rates[5] == pytest.approx(1.0) and rates[390] == 0.0
     assert rates[200] == pytest.approx(190 / 385)
+
+# ---------------------------------------------------------------- a step of PPO, row by row
+
+def tiny(Auto, seed):
+    """A Llama of two layers in float64, weights large enough that everything moves"""
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         initializer_range=0.4, tie_word_embeddings=False, num_labels=1, token_classification_bias=False, classifier_dropout=0.0)
+    return Auto(config).double()
+
+
+def row_logprobs(model, prompt, response, temperature):
+    """log pi(a_t | s_t) of one row, unpadded -> [T]"""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+    return torch.log_softmax(logits, -1)[range(len(response)), response]
+
+
+def row_heads(model, prompt, response, before):
+    heads = model(torch.tensor([prompt + response])).logits[0, :, 0]
+    return heads[len(prompt) - 1:-1] if before else heads[len(prompt):]
+
+
+def rollouts(n=10):
+    draw = random.Random(1)
+    prompts, responses = ([[draw.randrange(4, 23) for _ in range(draw.randint(1, 6))] for _ in range(n)] for _ in range(2))
+    return prompts, responses, [len(p) + len(r) for p, r in zip(prompts, responses)]
+
+
+@pytest.mark.parametrize("value_clip, max_grad_norm", [(0.2, 0.5), (None, None)])
+def test_update_is_adam_on_the_stated_loss(value_clip, max_grad_norm):
+    """policy + vf_coef * value, each a mean over the real tokens of the optimizer batch; and what is logged, over those of the step"""
+    cfg = ppo.Config(rollout_batch=10, batch=5, micro_batch=2, ppo_epochs=2, temperature=0.7, clip=0.1, value_clip=value_clip, vf_coef=0.3,
+                     max_grad_norm=max_grad_norm, seed=4)
+    prompts, responses, lengths = rollouts()
+    T = max(map(len, responses))
+    ours, slow = (torch.nn.ModuleDict(dict(policy=tiny(LlamaForCausalLM, 0), value=tiny(LlamaForTokenClassification, 1))) for _ in range(2))
+    rollout = dict(prompts=prompts, responses=responses, lengths=lengths)
+    torch.manual_seed(2)
+    for name in ("old_logprobs", "old_values", "advantages", "returns"):
+        rollout[name] = torch.randn(10, T, dtype=torch.float64)
+    with torch.no_grad():  # the policy's own, so that the first ratio is 1
+        for i, (p, r) in enumerate(zip(prompts, responses)):
+            rollout["old_logprobs"][i, :len(r)] = row_logprobs(ours["policy"], p, r, 0.7)
+            rollout["old_values"][i, :len(r)] = row_heads(ours["value"], p, r, True) + 0.1 * torch.randn(len(r), dtype=torch.float64)
+
+    def adam(models):
+        return torch.optim.AdamW(models.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    stats = ppo.update(ours, list(ours.parameters()), adam(ours), rollout, cfg, 7, 0.02, torch.device("cpu"))
+
+    optimizer, seen, norms, first = adam(slow), [], [], None
+    for epoch in range(2):
+        batches = ppo.optimizer_batches(cfg, 7, epoch)
+        assert sorted(sum(batches, [])) == list(range(10)) and len(batches) == 2
+        assert batches != ppo.optimizer_batches(cfg, 7, 1 - epoch) and batches != ppo.optimizer_batches(cfg, 8, epoch)
+        for batch in batches:
+            loss, tokens = 0.0, sum(len(responses[i]) for i in batch)
+            for i in batch:
+                logprobs, values = row_logprobs(slow["policy"], prompts[i], responses[i], 0.7), row_heads(slow["value"], prompts[i], responses[i], True)
+                for t in range(len(responses[i])):
+                    old, old_value, A, target = (rollout[name][i, t] for name in ("old_logprobs", "old_values", "advantages", "returns"))
+                    ratio, error = (logprobs[t] - old).exp(), (values[t] - target) ** 2
+                    if value_clip is not None:
+                        near = torch.minimum(torch.maximum(values[t], old_value - value_clip), old_value + value_clip)
+                        error = torch.maximum(error, (near - target) ** 2)
+                    policy_loss = -torch.minimum(ratio * A, torch.clamp(ratio, 0.9, 1.1) * A)
+                    loss = loss + (policy_loss + 0.3 * error / 2) / tokens
+                    moved = (values[t] - old_value).abs() > (value_clip or math.inf)
+                    seen.append([x.item() for x in (policy_loss, error / 2, ratio, (ratio - 1).abs() > 0.1, moved, ratio - 1 - ratio.log())])
+            first = max(abs(row[2] - 1) for row in seen) if first is None else first
+            loss.backward()
+            norms.append(torch.stack([p.grad.norm() for p in slow.parameters() if p.grad is not None]).norm().item())
+            for p in slow.parameters():
+                if p.grad is not None and max_grad_norm and norms[-1] > max_grad_norm:
+                    p.grad *= max_grad_norm / (norms[-1] + 1e-6)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, a), (_, b) in zip(ours.named_parameters(), slow.named_parameters()):
+        assert torch.allclose(a, b, atol=1e-9), name
+    means = [sum(column) / len(seen) for column in zip(*seen)]
+    names = ("policy_loss", "value_loss", "ratio", "clip_fraction", "value_clipped", "approx_kl")
+    assert [stats[name] for name in names] == pytest.approx(means, abs=1e-9) and means[3] > 0.1 and (means[4] > 0.1) == (value_clip is not None)
+    assert stats["first_ratio_error"] == pytest.approx(first, abs=1e-12) and first < 1e-12
+    assert stats["grad_norm"] == pytest.approx(sum(norms) / 4, abs=1e-9) and min(norms) > 0.5
+
+
+def test_roll_out_draws_each_row_from_its_own_key():
+    """Row by row, alone: the draws follow from (seed, step, row) and pi is at cfg.temperature"""
+    cfg = ppo.Config(rollout_batch=10, rollout_micro_batch=4, response_len=9, temperature=0.6, seed=4)
+    policy, prompts = tiny(LlamaForCausalLM, 0), rollouts()[0]
+    policy.train()
+    responses = ppo.roll_out(policy, SimpleNamespace(eos_token_id=3), prompts, cfg, 7, torch.device("cpu"))
+    assert policy.training and len({len(r) for r in responses}) > 1
+    for row, (p, r) in enumerate(zip(prompts, responses)):
+        uniforms, alone = common.row_uniforms(9, 4, 7, row), []
+        for t in range(9):
+            cdf = torch.softmax(policy(torch.tensor([p + alone])).logits[0, -1] / 0.6, -1).cumsum(-1)
+            alone.append(int((cdf <= uniforms[t] * cdf[-1]).sum()))
+            if alone[-1] == 3:
+                break
+        assert r == alone
+
+
+def test_score_is_the_same_alone():
+    prompts, responses, lengths = rollouts()
+    policy, value = tiny(LlamaForCausalLM, 0).float(), tiny(LlamaForTokenClassification, 1).float()
+    parts = common.deal(range(10), lengths, 3) + [[]]
+    logprobs, r = ppo.score([policy, value], [common.token_logprobs, common.token_heads], parts, prompts, responses, torch.device("cpu"))
+    for i, (p, a) in enumerate(zip(prompts, responses)):
+        assert torch.allclose(logprobs[i, :len(a)], row_logprobs(policy, p, a, 1.0), atol=1e-5)
+        assert torch.allclose(r[i, :len(a)], row_heads(value, p, a, False), atol=1e-5)
+        assert (logprobs[i, len(a):] == 0).all() and (r[i, len(a):] == 0).all()
+
+
+STEPS = [dict(level="token", reward_scale="mean", clamp_kl=True, whiten_rewards=False, whiten_advantages=True),
+         dict(level="token", reward_scale="fixed", fixed_length=7, whiten_rewards=True, whiten_advantages=False),
+         dict(level="sequence", whiten_rewards=True, whiten_advantages=True)]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=["mean", "fixed", "sequence"])
+def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options):
+    """What the second step's update is given, and what is logged, against plain transformers and loops over rows"""
+    cfg = ppo.Config(policy=f"{world}/sft", reward_model=f"{world}/rm", data=f"{world}/data/prompts.jsonl", out=f"{tmp_path}/out", steps=2,
+                     rollout_batch=12, rollout_micro_batch=6, score_micro_batch=5, batch=6, micro_batch=4, ppo_epochs=1, query_len=64,
+                     response_len=8, temperature=0.8, kl_coef=0.2, kl_target=0.01, missing_eos_penalty=0.5, gamma=0.9, lam=0.8, lr=5e-3,
+                     warmup_steps=2, lr_epochs=1e9, seed=3, **options)
+    update, caught = ppo.update, []
+
+    def spy(models, parameters, optimizer, rollout, cfg, step, lr, device):
+        if step == 1:
+            caught.append((copy.deepcopy(models), rollout, lr, optimizer))
+        return update(models, parameters, optimizer, rollout, cfg, step, lr, device)
+    monkeypatch.setattr(ppo, "update", spy)
+    ppo.main(cfg)
+    while common.LOCKS:
+        common.LOCKS.pop().close()
+    (models, rollout, lr, optimizer), logged = caught[0], common.logged(tmp_path / "out/metrics.jsonl")
+    reference, rm = LlamaForCausalLM.from_pretrained(world / "sft").eval(), LlamaForTokenClassification.from_pretrained(world / "rm").eval()
+    models.eval()
+    tokenizer, rows = common.load_tokenizer(world / "sft"), []
+    with torch.no_grad():
+        for p, a in zip(rollout["prompts"], rollout["responses"]):
+            rows.append(dict(
+                old=row_logprobs(models["policy"], p, a, 0.8).tolist(), ref=row_logprobs(reference, p, a, 0.8).tolist(),
+                r=row_heads(rm, p, a, False).tolist(), v=row_heads(models["value"], p, a, True).tolist(), ended=a[-1] == tokenizer.eos_token_id))
+    kl_coef = logged[1]["kl_coef"]
+    assert kl_coef == pytest.approx(0.2 * (1 + 0.1 * max(-0.2, min(0.2, logged[0]["kl"] / 0.01 - 1))))  # the first step's is 0
+    for row in rows:
+        T, R = len(row["r"]), sum(row["r"]) / len(row["r"])
+        rewards = row["r"][:] if cfg.level == "token" else [0.0] * (T - 1) + [R]
+        rewards[-1] -= 0.5 * (not row["ended"])
+        scale = {"mean": T, "fixed": 7, "sum": 1}[cfg.reward_scale]
+        kls = [max(0.0, o - f) if cfg.clamp_kl else o - f for o, f in zip(row["old"], row["ref"])]
+        row |= dict(R=R, rewards=[x / scale - kl_coef * k for x, k in zip(rewards, kls)], kl=sum(row["old"]) - sum(row["ref"]))
+
+    def flat(name):
+        return [x for row in rows for x in row[name]]
+    returned = [sum(row["rewards"]) for row in rows]
+    if cfg.whiten_rewards:
+        std = statistics.pstdev(flat("rewards"))
+        for row in rows:
+            row["rewards"] = [x / std for x in row["rewards"]]
+    for row in rows:
+        T, v = len(row["r"]), [*row["v"], 0.0]
+        delta = [row["rewards"][t] + 0.9 * v[t + 1] - v[t] for t in range(T)]
+        row["A"] = [sum(0.72 ** k * delta[t + k] for k in range(T - t)) for t in range(T)]
+        row["target"] = [a + x for a, x in zip(row["A"], row["v"])]
+    explained = 1 - statistics.pvariance([t - x for t, x in zip(flat("target"), flat("v"))]) / statistics.pvariance(flat("target"))
+    if cfg.whiten_advantages:
+        mean, std = statistics.fmean(flat("A")), statistics.pstdev(flat("A"))
+        for row in rows:
+            row["A"] = [(x - mean) / std for x in row["A"]]
+    for name, ours in (("old", "old_logprobs"), ("v", "old_values"), ("A", "advantages"), ("target", "returns")):
+        for i, row in enumerate(rows):
+            assert rollout[ours][i, :len(row[name])].tolist() == pytest.approx(row[name], abs=2e-4), (name, i)
+    n = len(flat("r"))
+    want = dict(reward=statistics.fmean(row["R"] for row in rows), token_reward=sum(flat("r")) / n, kl=statistics.fmean(row["kl"] for row in rows),
+                return_sd=statistics.stdev(returned), response_length=n / 12, entropy=-sum(flat("old")) / n, explained_variance=explained,
+                eos_share=sum(row["ended"] for row in rows) / 12, lr=5e-3)
+    assert {name: logged[1][name] for name in want} == pytest.approx(want, abs=2e-4) and lr == 5e-3 and abs(want["kl"]) > 0.01
+    assert logged[0]["lr"] == 2.5e-3 and 0 < want["eos_share"] < 1 and max(map(abs, flat("v"))) > 1e-3
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["eps"], group["betas"]) == (0.0, 1e-5, (0.9, 0.999))
+
+
+# ---------------------------------------------------------------- schedules, clipping, drawing
+
+def test_cosine_warms_up_and_ends_at_zero():
+    rates = [common.cosine(step, 100, 0.03) for step in range(101)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1]) and rates[100] == pytest.approx(0) and rates[3 + 97 // 2] == pytest.approx(0.5, abs=0.01)
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
+    assert common.cosine(0, 1, 0.03) == 1 and common.cosine(0, 4, 0) == 1  # a run of one step trains
+
+
+def test_optimizer_step_clips_all_gradients_together():
+    for limit, scale in ((1.0, 1 / 13), (None, 1.0), (20.0, 1.0)):
+        a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+        a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+        optimizer = torch.optim.SGD([a, b], lr=1.0)
+        assert common.optimizer_step([a, b], optimizer, 0.5, limit, "step 0") == pytest.approx(13.0)
+        assert torch.cat([a.data, b.data]).tolist() == pytest.approx([-0.5 * scale * g for g in (3, 4, 12)], rel=1e-4)
+        assert a.grad is None and b.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_updates_nothing(bad, capsys):
+    a = torch.nn.Parameter(torch.ones(2))
+    a.grad = torch.tensor([1.0, bad])
+    with pytest.raises(SystemExit) as end:
+        common.optimizer_step([a], torch.optim.SGD([a], lr=1.0), 0.5, 1.0, "step 3, rows [7]")
+    assert end.value.code == 2 and "step 3, rows [7]: the gradient's norm is" in capsys.readouterr().err and a.tolist() == [1.0, 1.0]
+
+
+def test_draw_tokens_is_the_inverse_cdf_up_to_its_ends():
+    logits = torch.tensor([[0.0, math.log(2), math.log(5), -math.inf]]).repeat(5, 1)  # 1/8, 2/8, 5/8, 0
+    u = torch.tensor([[0.0], [0.124], [0.126], [0.376], [1 - 2**-24]])
+    assert common.draw_tokens(logits, u, 1.0, 1.0, 0).tolist() == [0, 0, 1, 2, 2]
+    assert common.draw_tokens(logits, u, 1.0, 1.0, 1).tolist() == [2] * 5 and common.draw_tokens(logits, u, 0, 1.0, 0).tolist() == [2] * 5
+    assert common.draw_tokens(logits, u, 1.0, 0.625, 0).tolist() == [2] * 5   # the first alone holds top_p of the mass
+    assert common.draw_tokens(logits, u, 1.0, 0.63, 0).tolist() == [1, 1, 1, 2, 2]
+    assert common.draw_tokens(logits, u, 1.0, 0.7, 2).tolist() == [2] * 5     # 5/7 of what top_k leaves: 0.714
+    big = torch.zeros(1, 50_000)  # the sum of many parts in float32 is not 1: u times it must not reach the end
+    big[0, -1] = -math.inf
+    assert common.draw_tokens(big, torch.tensor([[1 - 2**-24]]), 1.0, 1.0, 0).item() < 49_999
+    big[0, -1] = 0
+    assert common.draw_tokens(big.bfloat16(), torch.tensor([[0.5]]), 1.0, 1.0, 0).item() == pytest.approx(25_000, abs=2)  # half precision is raised
+
+
+def test_masks_may_be_numbers_and_rows_empty():
+    """0/1 masks are as good as bool; a row without a token gives 0, not NaN"""
+    x, mask = ragged(0)
+    mask = mask.clone()
+    mask[2] = False
+    y, z, number = ragged(1)[0], ragged(2)[0], mask.long()
+    x, y, z = (v.masked_fill(~mask, GARBAGE) for v in (x, y, z))
+    for call in (lambda m: ppo.shape_rewards(x, y, z, m, level="token", kl_coef=0.1, reward_scale="mean"),
+                 lambda m: ppo.gae(x, y, m, gamma=0.9, lam=0.8)[1], lambda m: ppo.whiten(x, m), lambda m: ppo.whiten(x, m, shift_mean=False),
+                 lambda m: ppo.policy_loss(x, y, z, m, clip=0.2), lambda m: ppo.value_loss(x, y, z, m, clip=0.2),
+                 lambda m: reward_model.pair_losses(x, m, m, y, m, 0 * number, loss="eq3", anchor=0.1),
+                 lambda m: reward_model.pair_losses(x, m, 0 * number, y, m, m, loss="eq4"), lambda m: reward_model.mean_rewards(x, m)):
+        assert torch.equal(call(mask), call(number)) and not call(mask).isnan().any() and (call(mask)[2] == call(mask)[2]).all()
+    assert ppo.whiten(x, torch.zeros_like(mask)).abs().max() == 0 and ppo.masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def test_shape_rewards_refuses_what_has_no_meaning():
+    x, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="fixed_length"):
+        ppo.shape_rewards(x, x, x, mask, level="token", kl_coef=0.1, reward_scale="fixed")
+    with pytest.raises(ValueError, match="ended"):
+        ppo.shape_rewards(x, x, x, mask, level="token", kl_coef=0.1, missing_eos_penalty=1.0)
+
+
+def test_value_loss_with_a_clip_of_zero_keeps_the_old_value():
+    v, old, target = torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[2.5]])
+    assert ppo.value_loss(v, old, target, torch.tensor([[1]]), clip=0.0).item() == pytest.approx(0.5 * 1.5**2)
+    assert ppo.value_loss(v, old, target, torch.tensor([[1]]), clip=None).item() == pytest.approx(0.5 * 0.5**2)
+
+
+def test_explained_variance():
+    returns, mask = ragged(0)
+    values = returns + 0.5 * ragged(1)[0]
+    a, b = ([v for row in lists(x, mask) for v in row] for x in (returns, values))
+    assert ppo.explained_variance(values, returns, mask) == pytest.approx(1 - statistics.pvariance([y - x for x, y in zip(a, b)]) / statistics.pvariance(a))
+    assert ppo.explained_variance(returns + 3, returns, mask) == pytest.approx(1) and ppo.explained_variance(0 * returns, returns, mask) == pytest.approx(0)
