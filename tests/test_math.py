@@ -341,13 +341,16 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options)
             caught.append((copy.deepcopy(models), rollout, lr, optimizer))
         return update(models, parameters, optimizer, rollout, cfg, step, lr, device)
     monkeypatch.setattr(ppo, "update", spy)
+    tokenizer = common.load_tokenizer(world / "sft")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "\n")[0])  # a model of 5 steps says it, at times
+    monkeypatch.setattr(ppo, "load_tokenizer", lambda path: tokenizer)
     ppo.main(cfg)
     while common.LOCKS:
         common.LOCKS.pop().close()
     (models, rollout, lr, optimizer), logged = caught[0], common.logged(tmp_path / "out/metrics.jsonl")
     reference, rm = LlamaForCausalLM.from_pretrained(world / "sft").eval(), LlamaForTokenClassification.from_pretrained(world / "rm").eval()
     models.eval()
-    tokenizer, rows = common.load_tokenizer(world / "sft"), []
+    rows = []
     with torch.no_grad():
         for p, a in zip(rollout["prompts"], rollout["responses"]):
             rows.append(dict(
@@ -387,7 +390,7 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options)
     want = dict(reward=statistics.fmean(row["R"] for row in rows), token_reward=sum(flat("r")) / n, kl=statistics.fmean(row["kl"] for row in rows),
                 return_sd=statistics.stdev(returned), response_length=n / 12, entropy=-sum(flat("old")) / n, explained_variance=explained,
                 eos_share=sum(row["ended"] for row in rows) / 12, lr=5e-3)
-    assert {name: logged[1][name] for name in want} == pytest.approx(want, abs=2e-4) and lr == 5e-3 and abs(want["kl"]) > 0.01
+    assert {name: logged[1][name] for name in want} == pytest.approx(want, abs=2e-4) and lr == 5e-3 and abs(want["kl"]) > 2e-3
     assert logged[0]["lr"] == 2.5e-3 and 0 < want["eos_share"] < 1 and max(map(abs, flat("v"))) > 1e-3
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["eps"], group["betas"]) == (0.0, 1e-5, (0.9, 0.999))
