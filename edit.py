@@ -132,10 +132,10 @@ class Reply(NamedTuple):
 
 PREAMBLE = re.compile(r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
                       r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)|"
-                      r"(sure|certainly|of course|okay)\W+(here|below|this|i)\b|"
+                      r"(sure|certainly|of course|okay)\W+(here|below|this)\b|"
                       r".{0,40}\b(edited|revised|improved) (answer|response|version|text)\b.{0,40}:", re.I)
-COMMENT = re.compile(r"\n\s*\n\W*(i('ve| have)? (only )?(made|changed|kept|added|removed|tried)|"
-                     r"(the |my )?(main |minimal )?(changes|edits)( i)?( made)?\b|let me know\b)", re.I)
+COMMENT = re.compile(r"\n\s*\n\W*(i(['’]ve| have)? (only )?(made|changed|kept|added|removed|tried)|"
+                     r"(the |my )?(main |minimal )?(changes|edits)( i)?( made)?:)", re.I)
 REFUSAL = re.compile(r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|i'm unable|i am unable)\b", re.I)
 
 
@@ -166,7 +166,7 @@ def read_reply(reply, original, tag):
         return None, "preamble", True
     if not tag and begins(REFUSAL, text) and not begins(REFUSAL, core):
         return None, "refusal", False
-    if COMMENT.search(text) and not COMMENT.search(core):
+    if not tag and COMMENT.search(text) and not COMMENT.search(core):
         return None, "comment behind the answer", True
     start = len(original) - len(original.lstrip())
     return original[:start] + text + original[start + len(core):], None, False

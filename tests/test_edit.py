@@ -153,7 +153,9 @@ def test_id_is_a_hash_of_what_is_asked():
     ("Here is the edited answer: the cat", "end_turn", None, None, "preamble", True),
     ("Of course!\n\nHere you go\nthe cat", "end_turn", None, None, "preamble", True),
     ("the cat\n\nI changed one word.", "end_turn", None, None, "comment behind the answer", True),
-    ("<e>the cat\n\n(The changes I made: one.)</e>", "end_turn", "e", None, "comment behind the answer", True),
+    ("the cat\n\n(The changes I made: one.)", "end_turn", None, None, "comment behind the answer", True),
+    ("<e>the cat\n\nI made it.</e>", "end_turn", "e", "the cat\n\nI made it.", None, False),
+    ("the cat\n\nThe changes of the year.", "end_turn", None, "the cat\n\nThe changes of the year.", None, False),
     ("The improved engine has two parts: a and b.", "end_turn", None, "The improved engine has two parts: a and b.", None, False),
 ])
 def test_read_reply(text, stop, tag, edited, error, again):
