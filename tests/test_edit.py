@@ -1,7 +1,7 @@
 """edit.py: nothing lost, nothing paid twice, nothing taken for an edit that is none.
 
     python -m pytest tests/test_edit.py               # against tests/claude_standin.py; a minute
-    LARGE=1 python -m pytest tests/test_edit.py       # 2,000 asks with every fault, 20 kill -9, as often in batches
+    LARGE=1 python -m pytest tests/test_edit.py       # and 2,000 asks, 20 times kill -9, with batches and without
 """
 import contextlib, json, os, random, re, signal, subprocess, sys, threading, time, urllib.error, urllib.request
 from collections import Counter
@@ -406,29 +406,44 @@ def kill_and_restart(url, times, *flags, seed=0):
 
 @pytest.mark.parametrize("flags", [(), ("--batch_api=true",)], ids=["requests", "batches"])
 def test_kill_9(flags):
-    n, times = (2000, 20) if LARGE else (150, 1)
+    n = 150
     write(pairs(n))
     with service() as url:
-        kills = kill_and_restart(url, times, "--concurrency=4", *flags)
+        kills = kill_and_restart(url, 1, "--concurrency=4", *flags)
     out = read()
     assert kills > 0 and len(out) == n
     assert [row["instruction"] for row in out] == [row["instruction"] for row in pairs(n)]  # in order, none lost, none twice
     assert all(row["edited"] == mended(row["original"]) for row in out)
 
 
-def test_ctrl_c():
-    """What is in flight is finished and written, and it is said how much is left"""
-    write(pairs(3000))
-    with service() as url:
-        words, env = command("pref.jsonl", "--out=edits.jsonl", "--concurrency=2", ANTHROPIC_BASE_URL=url)
-        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while lines_of(Path("edits.jsonl")) < 5 and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "stopping" in err
-    left = int(re.search(r"(\d+) of 3000 rows are left", out)[1])
-    assert len(read()) == 3000 - left > 4 and all(row["edited"] for row in read())
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c(monkeypatch, capsys, number):
+    """What is in flight is finished and written, nothing new is asked, and it is said how much is left"""
+    write(pairs(40))
+
+    def fault(prompt, turn):
+        if len(claude.asked) == 10:
+            os.kill(os.getpid(), number)
+        return "empty" if "Question 3?" in prompt else ""
+    with Standin(fault=fault, delay=0.05) as claude:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, claude, concurrency=3)
+        asked = len(claude.asked)
+        assert stop.value.code == 130 and 10 <= asked <= 15 and set(claude.asked.values()) == {1}
+        assert len(read()) == asked and sum(row["edited"] is None for row in read()) == 1
+        assert f"{40 - asked} of 40 rows are left, 1 may be asked again" in capsys.readouterr().out
+        assert sum(row["edited"] is None for row in run(monkeypatch, claude)) == 1
+        assert sum(claude.asked.values()) == 42  # the empty one at once and once more
+
+
+def test_ctrl_c_while_a_batch_is_worked_on(monkeypatch, capsys):
+    write(pairs(4))
+    with Standin(trouble=lambda action: os.kill(os.getpid(), signal.SIGINT) if action == "retrieve" else "") as claude:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, claude, batch_api=True)
+        assert stop.value.code == 130 and "4 of 4 rows are left" in capsys.readouterr().out
+        claude.trouble = lambda action: ""
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 1
 
 
 def test_two_runs_at_once(monkeypatch, capsys):
