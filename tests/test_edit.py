@@ -638,6 +638,21 @@ def test_stats(capsys):
     assert "[-a b c d-]{+w x y z+}" in text and text.count("changed)") == 1
 
 
+def test_summary_of_a_run(monkeypatch, capsys):
+    """Counts, tokens, dollars, the gate; the texts themselves on a terminal only"""
+    write(pairs(3))
+    with Standin(fault=lambda prompt, turn: "refusal" if "Question 1?" in prompt else "") as claude:
+        out, text = run(monkeypatch, claude, model="claude-opus-4-6"), capsys.readouterr().out
+        spent = {name: sum(row["usage"][name] for row in out) for name in ("input_tokens", "output_tokens")}
+        assert f"{spent['input_tokens']} tokens in and {spent['output_tokens']} out this time, $0.0" in text
+        assert "3 rows: 2 edits pass the gate, 1 failed\n       1  failed: refusal" in text and "teh" not in text
+        record = json.loads(Path("edits.jsonl.run.json").read_text())
+        assert record["finished"] and spent | {"rows": 3, "failed": 1} == {name: record[name] for name in ("rows", "failed", *spent)}
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        run(monkeypatch, claude, overwrite=True)
+        assert capsys.readouterr().out.count("\x1b[31m[-teh-]") == 2
+
+
 def test_operations_against_a_plain_reading():
     rng = random.Random(1)
     for _ in range(200):
