@@ -85,6 +85,7 @@ def test_prompt_is_figure_2():
     long = edit.build_request(edit.Config(), row | {"original": "word " * 4000})["max_tokens"]
     assert edit.build_request(edit.Config(), row)["max_tokens"] < long <= 21_333
     assert edit.build_request(edit.Config(max_tokens=99), row, longest=True)["max_tokens"] == 99
+    assert edit.build_request(edit.Config(max_tokens=99), row)["max_tokens"] == 99
     edit.build_request(edit.Config(), row | {"original": "half \ud83d"})["messages"][0]["content"].encode()
 
 
@@ -288,7 +289,7 @@ def test_nothing_secret_in_logs_or_files(monkeypatch, capfd):
         assert any(KEY in value for headers in claude.headers for value in headers.values())  # it was sent
     captured = capfd.readouterr()
     everything = captured.out + captured.err + "".join(path.read_text() for path in Path().iterdir() if path.name != "pref.jsonl")
-    assert KEY not in everything and "uthorization" not in everything
+    assert not [word for word in (KEY, "uthorization", "Headers(", "user-agent") if word in everything]
     assert "private" not in captured.out + captured.err
     for i, row in enumerate(out):
         assert not [j for j in range(12) if j != i and f"private {j} text" in json.dumps(row)]
@@ -502,6 +503,19 @@ def test_batches(monkeypatch):
     assert out[3]["error"] == "errored invalid_request_error Injected invalid_request_error." and out[5]["error"] == "refusal"
 
 
+def test_chunks_keep_within_the_bounds_of_a_batch(monkeypatch):
+    from extras import claude_batches
+    assert claude_batches.ROWS <= 100_000 and claude_batches.BYTES < 256e6  # the API's
+    monkeypatch.setattr(claude_batches, "ROWS", 5)
+    monkeypatch.setattr(claude_batches, "BYTES", 3000)
+    rng = random.Random(0)
+    requests = {f"{i:032}": {"messages": "é" * rng.choice((1, 50, 400))} for i in range(200)}
+    chunks = list(claude_batches.chunks(requests))
+    assert sum(chunks, []) == list(requests) and max(map(len, chunks)) == 5
+    sizes = [len(json.dumps([{"custom_id": key, "params": requests[key]} for key in keys])) for keys in chunks]
+    assert 2500 < max(sizes) <= 3000
+
+
 def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
     """The answer to create is lost: the batch is found, not made twice. The same when we die between the two."""
     write(pairs(9))
@@ -532,6 +546,8 @@ def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
         assert len(claude.batches) == 1 and set(claude.asked.values()) == {1}
         write(pairs(9))
         assert len(run(monkeypatch, claude)) == 9  # none is under way any more: the ninth is asked at once
+        Path("edits.jsonl.batches.json").write_text(json.dumps([{"id": "msgbatch_1", "keys": [row["id"] for row in read()], "at": ""}]))
+        assert len(run(monkeypatch, claude, overwrite=True)) == 9 and sum(claude.asked.values()) == 18  # given up: all anew
 
 
 def test_another_runs_batch_of_the_same_size(monkeypatch):
