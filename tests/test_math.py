@@ -396,6 +396,68 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options)
     assert (group["weight_decay"], group["eps"], group["betas"]) == (0.0, 1e-5, (0.9, 0.999))
 
 
+# ---------------------------------------------------------------- the reward model's training, pair by pair
+
+@pytest.mark.parametrize("loss, anchor, data", [("eq4", 0.3, "diffs.jsonl"), ("eq3", 0.0, "diffs.jsonl"), ("sequence", 0.0, "data/pref.jsonl")])
+def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, anchor, data):
+    """Every logged figure of every step, and the held-out ones at the end, against plain transformers, one answer at a time"""
+    held_out = f"{world}/data/pref_heldout.jsonl"
+    cfg = reward_model.Config(model=f"{world}/sft", data=f"{world}/{data}", eval_data=held_out, out=f"{tmp_path}/out", loss=loss, anchor=anchor, epochs=2,
+                              batch=14, micro_batch=3, lr=2e-3, warmup=0.4, max_tokens=22, max_grad_norm=0.5, seed=2)
+    reward_model.main(cfg)
+    while common.LOCKS:
+        common.LOCKS.pop().close()
+    tokenizer, names = common.load_tokenizer(world / "sft"), ("edited_ids", "original_ids", "edited_changed", "original_changed")
+
+    def read(path):
+        for row in common.logged(path):
+            if "edited_ids" in row:
+                yield row["prompt_ids"], *(row[name] for name in names)
+            else:
+                w, l = (common.encode_response(tokenizer, row[f"output_{k}"]) for k in (row["preference"], 3 - row["preference"]))
+                yield common.encode_prompt(tokenizer, row), w, l, [1] * len(w), [1] * len(l)
+    pairs = [pair for pair in read(cfg.data) if len(pair[0]) + max(len(pair[1]), len(pair[2])) <= 22]
+    assert 14 < len(pairs) < len(list(read(cfg.data))), "some pairs must be too long"
+    config = LlamaConfig.from_pretrained(world / "sft")
+    config.num_labels, config.token_classification_bias, config.classifier_dropout = 1, False, 0.0
+    model = LlamaForTokenClassification.from_pretrained(world / "sft", config=config)
+    torch.nn.init.zeros_(model.score.weight)
+    model.model.embed_tokens.padding_idx = None
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def margin(pair, r_w, r_l):
+        return r_w[-1] - r_l[-1] if loss == "sequence" else r_w.mean() - r_l.mean()
+    steps = -(-2 * len(pairs) // 14)
+    for step, row in zip(range(steps), common.logged(tmp_path / "out/metrics.jsonl"), strict=True):
+        batch = common.rows_at(step * 14, min(step * 14 + 14, 2 * len(pairs)), len(pairs), 2)
+        figures, whole = [], 0.0
+        for i in batch:
+            p, w, l, changed_w, changed_l = pairs[i]
+            r_w, r_l = row_heads(model, p, w, False), row_heads(model, p, l, False)
+            u_w, u_l = (sum(x for x, c in zip(r, changed) if c) / len(r) for r, changed in ((r_w, changed_w), (r_l, changed_l)))
+            u0 = r_w.mean() - u_w - (r_l.mean() - u_l)
+            z = {"sequence": r_w[-1] - r_l[-1], "eq3": u0 + u_w - u_l, "eq4": u_w - u_l}[loss]
+            kept = [x**2 for r, changed in ((r_w, changed_w), (r_l, changed_l)) for x, c in zip(r, changed) if not c]
+            one = -torch.nn.functional.logsigmoid(z) + (anchor * sum(kept) / len(kept) if anchor and kept else 0)
+            m, whole = margin(pairs[i], r_w, r_l), whole + one / len(batch)
+            figures.append([torch.as_tensor(x).item() for x in (one, (m > 0) + 0.5 * (m == 0), m, u0, u_w, u_l, (r_w[-1] + r_l[-1]) / 2)])
+        whole.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
+        warm = max(1, round(0.4 * steps))
+        lr = 2e-3 * ((step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm)))
+        want = dict(zip(("loss", "accuracy", "margin", "u0", "u1_w", "u1_l", "r_eos"), map(statistics.fmean, zip(*figures))), lr=lr, grad_norm=norm)
+        assert {name: row[name] for name in want} == pytest.approx(want, rel=5e-3, abs=1e-4), step
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        m = [margin(pair, row_heads(model, pair[0], pair[1], False), row_heads(model, pair[0], pair[2], False)).item()
+             for pair in read(held_out) if len(pair[0]) + max(len(pair[1]), len(pair[2])) <= 22]
+    want = dict(eval_margin=statistics.fmean(m), eval_loss=statistics.fmean(math.log1p(math.exp(-x)) for x in m),
+                eval_accuracy=statistics.fmean((x > 0) + 0.5 * (x == 0) for x in m))
+    assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-2, abs=1e-3) and len(set(m)) > 5
+
+
 # ---------------------------------------------------------------- schedules, clipping, drawing
 
 def test_cosine_warms_up_and_ends_at_zero():
