@@ -1,8 +1,9 @@
 """Of each run the model that won most often on the questions it is to be chosen on (val.jsonl, never eval.jsonl).
 
-    python extras/best_step.py out/paper/ppo_token out/paper/ppo_rlhf      # -> lines "ppo_token out/paper/ppo_token/step_40"
+    python extras/best_step.py out/paper/ppo_*     # -> a line for each: "ppo_token out/paper/ppo_token/step_40"
 
-Reads val_annotations.jsonl in the run's folder (its last model) and in step_N (those it kept); of equals the earliest wins.
+Reads val_annotations.jsonl in the run's folder (its last model) and in step_N (those it kept); of equals the earliest
+wins.
 """
 import sys
 from pathlib import Path

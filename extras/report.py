@@ -1,17 +1,17 @@
-"""`python evaluate.py report`: the paper's three tables with ours beside them, and one page of figures, from run folders alone.
+"""`python evaluate.py report`: the paper's three tables with ours beside them, and a page of figures, from run folders.
 
 What it reads, and nothing else; what is not there is shown as missing ("-"), never guessed:
 
     <folder>/<run>/run.json, metrics.jsonl, samples.jsonl    of sft.py, reward_model.py, ppo.py
     <folder>/<run>/annotations.jsonl                         evaluate.py judge: the run's model, for Table 1
-    <folder>/<run>[/step_N]/val_annotations.jsonl            the same on other questions, for the models kept along training
+    <folder>/<run>[/step_N]/val_annotations.jsonl            the same on other questions, for those kept along training
     <folder>/<ppo>/step_N/annotations.jsonl                  ... in their place where there are none
     <folder>/<reward model>/rewards.json                     evaluate.py rewards --out=...
     <folder>/bag_of_tokens.json                              {"accuracy": ...}: a reward that reads no prompt
 
 Runs of the same name in different folders are seeds of one arm. What an arm is called in the paper follows from its
-run.json: the level of PPO, and whether its reward model learnt from edits (diffs) or from preferences. The page itself is
-made in report_page.py.
+run.json: the level of PPO, and whether its reward model learnt from edits (diffs) or from preferences. The page is made
+in report_page.py.
 """
 import html, json, re, statistics
 from pathlib import Path
@@ -32,7 +32,7 @@ ORDER = [TOKEN, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows, an
 # ---------------------------------------------------------------- runs
 
 def read_runs(folders):
-    """The runs in and below the folders -> list of dict: path, name, seed (the folder that holds it), kind, label, ..."""
+    """The runs in and below the folders -> list of dict: path, name, seed (the folder that holds it), kind, label..."""
     found = {}
     for folder in map(Path, folders):
         below = sorted(path for path in (*folder.glob("*/"), *folder.glob("*/*/"))
@@ -62,8 +62,8 @@ def read_run(path):
     answers = record_of(path / "annotations.jsonl").get("config", {}).get("outputs", "")
     model = record_of(path / Path(answers).name).get("config", {}).get("model", "") if answers else ""
     judged = re.fullmatch(r"step_(\d+)", Path(model).name)  # chosen among those kept; else the last
-    return dict(path=path, name=path.name, seed=str(path.parent), kind=kind, record=record, config=config, metrics=metrics,
-                steps=steps, samples=logged(path / "samples.jsonl"), rewards=rewards if isinstance(rewards, list) else [rewards],
+    return dict(path=path, name=path.name, seed=str(path.parent), kind=kind, record=record, config=config,
+                metrics=metrics, steps=steps, samples=logged(path / "samples.jsonl"), rewards=rewards,
                 annotations=annotations_of(path / "annotations.jsonl"), judged_at=int(judged[1]) if judged else steps,
                 along={step: rate(annotations_of(folder / along)) for step, folder in kept.items()})
 
@@ -105,8 +105,11 @@ def rank(label):
 
 def arms(runs, *kinds):
     """label -> its runs, one per seed, in the paper's order"""
-    runs = sorted((run for run in runs if run["kind"] in kinds), key=lambda run: (rank(run["label"]), run["label"]))
-    return {label: [run for run in runs if run["label"] == label] for label in dict.fromkeys(run["label"] for run in runs)}
+    found = {}
+    for run in sorted(runs, key=lambda run: (rank(run["label"]), run["label"])):  # stable: seeds stay in their order
+        if run["kind"] in kinds:
+            found.setdefault(run["label"], []).append(run)
+    return found
 
 
 def checkpoints(run, runs):
@@ -146,7 +149,9 @@ def each(values, show=lambda value: f"{value:.1f}"):
 def duration(seconds):
     if seconds is None:
         return "-"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 # ---------------------------------------------------------------- tables: title, header, rows, note
@@ -166,11 +171,13 @@ def table_1(runs):
         known = [f for f in figures if f]
         steps = each([run["annotations"] and run["judged_at"] for run in groups[label] if run["kind"] == "ppo"], str)
         if known or label in PAPER_WIN:
-            rows.append([label, PAPER_WIN.get(label, "-"), summed(known, "win_rate"), each([f and f["win_rate"] for f in figures]),
-                         steps, str(sum(f["n_total"] for f in known)) if known else "-"])
+            pairs = str(sum(f["n_total"] for f in known) or "-")
+            rows.append([label, PAPER_WIN.get(label, "-"), summed(known, "win_rate"),
+                         each([f and f["win_rate"] for f in figures]), steps, pairs])
     unparsed = sum(row["preference"] is None for run in runs for row in run["annotations"] or [])
-    return ("Table 1. Win rate against the reference (%)", ["Model", "Paper", "Ours", "Each seed", "PPO steps", "Pairs"], rows,
-            f"Judge: Claude in the paper, here {judges}. {unparsed} pairs without a readable verdict are not counted. {SEEDS}")
+    header = ["Model", "Paper", "Ours", "Each seed", "PPO steps", "Pairs"]
+    return ("Table 1. Win rate against the reference (%)", header, rows, f"Judge: Claude in the paper, here {judges}. "
+            f"{unparsed} pairs without a readable verdict are not counted. {SEEDS}")
 
 
 def table_paired(runs, seed):
@@ -183,11 +190,12 @@ def table_paired(runs, seed):
             if mine and theirs and [row["output_1"] for row in mine] == [row["output_1"] for row in theirs]:
                 found.append(paired(*([row["preference"] for row in rows] for rows in (mine, theirs)), seed=seed))
         one = found[0] if len(found) == 1 else {}
-        rows.append([f"{a} − {b}", paper, summed(found, "difference"), each([f["difference"] for f in found], "{:+.1f}".format),
+        rows.append([f"{a} − {b}", paper, summed(found, "difference"),
+                     each([f["difference"] for f in found], "{:+.1f}".format),
                      f"{one['low']:+.1f} to {one['high']:+.1f}" if one.get("low") is not None else "-"])
-    return ("Differences in win rate (points), on the same questions", ["", "Paper", "Ours", "Each seed", "95% (one seed)"], rows,
-            "The paper's are differences of its Table 1, with no error given. Ours are paired: both models answered the same "
-            "questions. " + SEEDS)
+    header = ["", "Paper", "Ours", "Each seed", "95% (one seed)"]
+    return ("Differences in win rate (points), on the same questions", header, rows, "The paper's are differences of "
+            "its Table 1, with no error given. Ours are paired: both models answered the same questions. " + SEEDS)
 
 
 def table_2(runs, folders):
@@ -209,9 +217,10 @@ def table_2(runs, folders):
         shares = [100 * bag["accuracy"] for bag in bags]
         errors = [100 * bag["standard_error"] if bag.get("standard_error") else None for bag in bags]
         rows.append(["a bag of tokens, without the prompt", "-", over_seeds(shares, errors), "-", each(shares)])
-    return ("Table 2. Accuracy of the reward model (%)", ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"],
-            rows, "The paper's figure is on its evaluation set; ours, on held-out pairs of the original kind, is the one to "
-            "compare. On edited pairs the order alone gives 100%. " + SEEDS)
+    header = ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"]
+    return ("Table 2. Accuracy of the reward model (%)", header, rows, "The paper's figure is on its evaluation set; "
+            "ours, on held-out pairs of the original kind, is the one to compare. On edited pairs the order alone "
+            "gives 100%. " + SEEDS)
 
 
 def table_3(runs, target=None):
@@ -234,17 +243,19 @@ def table_3(runs, target=None):
     rows = [row(name, "RM", paper, [(run, run["steps"]) for run in rms.get(label, [])])
             for name, label, paper in (("RLHF", RM_RLHF, "0.2"), ("Fine-grained RLHF", RM_TOKEN, "0.3"))]
     for label in {RLHF: 0, TOKEN: 0, FINE: 0} | ppos:
-        paper = {RLHF: "4", TOKEN: "2"}.get(label, "-")
-        rows.append(row(f"{label}, to its own best", "PPO", paper, [(run, best(run)[1]) for run in ppos.get(label, [])]))
+        found = [(run, best(run)[1]) for run in ppos.get(label, [])]
+        rows.append(row(f"{label}, to its own best", "PPO", {RLHF: "4", TOKEN: "2"}.get(label, "-"), found))
     for label, other in ((TOKEN, RLHF), (TOKEN, FINE), (FINE, RLHF)):
         scores = {run["seed"]: best(run)[0] for run in ppos.get(other, [])}
-        rows.append(row(f"{label}, to the best of {other}", "PPO", "-",
-                        [(run, reached(run, scores[run["seed"]])) for run in ppos.get(label, []) if scores.get(run["seed"])]))
+        found = [(run, reached(run, scores[run["seed"]])) for run in ppos.get(label, []) if scores.get(run["seed"])]
+        rows.append(row(f"{label}, to the best of {other}", "PPO", "-", found))
     for label in ppos if target is not None else []:
         rows.append(row(f"{label}, to {target:g}%", "PPO", "-", [(run, reached(run, target)) for run in ppos[label]]))
-    return ("Table 3. Training efficiency", ["Model", "Step", "Paper, h", "Our steps, each seed", "Our time", "h"], rows,
-            "Best: the highest win rate of the models that were kept along training (the judge's own noise included), so steps "
-            "are known to the nearest kept model. Time: training alone, mean of the seeds, on the hardware named below.")
+    header = ["Model", "Step", "Paper, h", "Our steps, each seed", "Our time", "h"]
+    return ("Table 3. Training efficiency", header, rows,
+            "Best: the highest win rate of the models that were kept along training (the judge's own noise included), "
+            "so steps are known to the nearest kept model. Time: training alone, mean of the seeds, on the hardware "
+            "named below.")
 
 
 def table_rewards(runs):
@@ -256,10 +267,11 @@ def table_rewards(runs):
              *(figure(f, name, 3) for name in ("removed", "added", "error_spans")),
              *(figure(f, name, 2) for name in ("unchanged", "eos"))]
             for mine in arms(runs, "reward model").values() for run in mine for f in run["rewards"]]
-    return ("Reward models, closer", ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added", "AUROC spans",
-                                      "r on U₀ (± sd)", "r at EOS"], rows,
-            "AUROC: does −r find the tokens that people took away (removed) or marked as wrong (spans), r those they put in "
-            "(added); 0.5 is chance. For a sequence model, the differences of its prefix scores stand for r.")
+    header = ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added", "AUROC spans",
+              "r on U₀ (± sd)", "r at EOS"]
+    return ("Reward models, closer", header, rows, "AUROC: does −r find the tokens that people took away (removed) or "
+            "marked as wrong (spans), r those they put in (added); 0.5 is chance. For a sequence model, the "
+            "differences of its prefix scores stand for r.")
 
 
 # ---------------------------------------------------------------- a table as text, Markdown, HTML
@@ -275,7 +287,8 @@ def as_text(table):
 def as_markdown(table):
     title, header, rows, note = table
     def line(row):
-        return "| " + " | ".join(html.escape(plain(str(cell)), quote=False).replace("\n", " ").replace("|", "\\|") for cell in row) + " |"
+        cells = (html.escape(plain(str(cell)), quote=False).replace("\n", " ").replace("|", "\\|") for cell in row)
+        return f"| {' | '.join(cells)} |"
     return "\n".join([f"**{title}**", "", line(header), "|" + "---|" * len(header), *map(line, rows), "", note])
 
 
@@ -283,8 +296,9 @@ def as_html(table, small=False):
     title, header, rows, note = table
     head = "".join(f"<th>{safe(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (f"<figure><h3>{safe(title)}</h3><div class=wide><table{' class=small' if small else ''}><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div><figcaption>{safe(note)}</figcaption></figure>")
+    return (f"<figure><h3>{safe(title)}</h3><div class=wide><table class={'small' if small else 'plain'}>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><figcaption>{safe(note)}</figcaption>"
+            "</figure>")
 
 
 def safe(text):
@@ -303,7 +317,7 @@ def write_report(cfg):
         fail(f"{out} is no report of ours; choose another --out, or replace it with --overwrite=true")
     runs = read_runs(cfg.data)
     if not runs:
-        fail(f"no runs in {', '.join(cfg.data)} (no run.json, annotations.jsonl or rewards.json); make them with: bash demo.sh")
+        fail(f"no run in {', '.join(cfg.data)} (no run.json, annotations.jsonl, rewards.json); bash demo.sh makes one")
     tables = [table_1(runs), table_paired(runs, cfg.seed), table_2(runs, cfg.data), table_3(runs, cfg.target)]
     closer = table_rewards(runs)
     say("\n\n\n".join(map(as_markdown if cfg.markdown else as_text, tables)))

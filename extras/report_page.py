@@ -1,5 +1,6 @@
-"""The page of `python evaluate.py report`: figures as inline SVG, token heatmaps, where each number came from. No script,
-nothing from outside, light and dark; all text that a model or a person wrote goes through safe()."""
+"""The page of `python evaluate.py report`: figures as inline SVG, token heatmaps, where each number came from.
+
+No script, nothing from outside, light and dark; all text that a model or a person wrote goes through safe()."""
 import json, math, statistics
 
 from common import record_of
@@ -49,8 +50,8 @@ class Plot:
     def dot(self, x, y, colour, size=3.4, hollow=False, note=""):
         cx, cy = self.at(x, y)
         fill = "var(--page)" if hollow else colour
-        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" style="stroke:{colour};fill:{fill}" class="dot">'
-                          f'<title>{safe(note)}</title></circle>')
+        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" style="stroke:{colour};fill:{fill}" '
+                          f'class="dot"><title>{safe(note)}</title></circle>')
 
     def rule(self, y, words, end=False):
         x0, cy = self.at(self.x_range[0], y)
@@ -78,9 +79,9 @@ class Plot:
 
 def colours(labels):
     """label -> its colour, the same in every figure; the variables are set for light and for dark"""
-    paper = {label: ORDER.index(label) % 3 for label in labels if label in ORDER}
-    others = [label for label in labels if label not in paper]
-    return {label: f"var(--c{i})" for label, i in (paper | {label: 3 + i % 5 for i, label in enumerate(others)}).items()}
+    others = [label for label in labels if label not in ORDER]
+    numbers = {label: ORDER.index(label) % 3 if label in ORDER else 3 + others.index(label) % 5 for label in labels}
+    return {label: f"var(--c{number})" for label, number in numbers.items()}
 
 
 def across_seeds(series):
@@ -193,12 +194,14 @@ def hacking(runs):
             plot.line([x for _, x, _ in path], [f["win_rate"] for _, _, f in path], paint[label], "thin")
             for i, (step, x, f) in enumerate(path):
                 note = f"step {step}: score {x:.3f}, win rate {pm(f['win_rate'], f['standard_error'])}"
-                plot.dot(x, f["win_rate"], paint[label], 4 if i == 0 else 6 if i == len(path) - 1 else 2.6, i == 0, note)
+                size = 4 if i == 0 else 6 if i == len(path) - 1 else 2.6
+                plot.dot(x, f["win_rate"], paint[label], size, hollow=i == 0, note=note)
         panels.append(f"<div>{plot.svg()}<p class='verdict {tone}'>{safe(figures)}<br><b>{safe(words)}</b></p></div>")
-    return (f"<div class=grid3>{''.join(panels)}</div><figcaption>Win rate before the judge (%, the same axis in all panels) "
-            "against the reward model's score; a line per seed, from the starting policy (ring) to the last step (large dot). "
-            "Up and to the right is learning; to the right alone, or down, is a policy that fools its reward model: said "
-            "where the win rate has not risen by its standard error, or has fallen from its best by two.</figcaption>")
+    return (f"<div class=grid3>{''.join(panels)}</div><figcaption>Win rate before the judge (%, the same axis in all "
+            "panels) against the reward model's score; a line per seed, from the starting policy (ring) to the last "
+            "step (large dot). Up and to the right is learning; to the right alone, or down, is a policy that fools "
+            "its reward model: said where the win rate has not risen by its standard error, or has fallen from its "
+            "best by two.</figcaption>")
 
 
 def calibrations(runs):
@@ -232,8 +235,8 @@ def heat(tokens, rewards, scale):
             share = 0 if r is None or not scale else max(-1.0, min(1.0, r / scale))
             tone = "--good" if share > 0 else "--bad"
             shown = safe(text).replace("\n", "↵\n")
-            colour = f"rgb(var({tone}) / {0.75 * abs(share):.2f})"
-            spans.append(f'<span style="background:{colour}" title="{"no reward here" if r is None else f"{r:+.3f}"}">{shown}</span>')
+            colour, note = f"rgb(var({tone}) / {0.75 * abs(share):.2f})", "no reward here" if r is None else f"{r:+.3f}"
+            spans.append(f'<span style="background:{colour}" title="{note}">{shown}</span>')
     return f"<div class=heat>{''.join(spans)}</div>"
 
 
@@ -246,8 +249,8 @@ def paid(run, sample):
     if tokens and tokens[-1] == "":
         tokens[-1] = "∎"
     rewards = [None] * (len(tokens) - 1) + [sample["reward"]] if at_the_end else sample["token_rewards"]
-    where = ", all at the last token" if at_the_end else ""
-    return f"<div><h4>{safe(run['label'])} <em>R = {sample['reward']:+.2f}{where}</em></h4>{heat(tokens, rewards, scale)}</div>"
+    R = f"R = {sample['reward']:+.2f}" + ", all at the last token" * at_the_end
+    return f"<div><h4>{safe(run['label'])} <em>{R}</em></h4>{heat(tokens, rewards, scale)}</div>"
 
 
 def heatmaps(runs, prompts=3):
@@ -267,30 +270,32 @@ def heatmaps(runs, prompts=3):
         step, instruction, more = key
         answers = "".join(paid(run, samples[key]) for run, samples in zip(runs, by_run) if key in samples)
         more = f"<br><span class=quiet>{safe(more)}</span>" if more else ""
-        blocks.append(f"<div class=sample><p><b>{safe(instruction)}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p>"
-                      f"<div class=grid3>{answers}</div></div>")
-    return "".join(blocks) + ("<figcaption>What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on "
-                              "its own scale; ∎ is the end of the answer. Point at a token for its number.</figcaption>")
+        question = f"<p><b>{safe(instruction)}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p>"
+        blocks.append(f"<div class=sample>{question}<div class=grid3>{answers}</div></div>")
+    note = ("What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on its own "
+            "scale; ∎ is the end of the answer. Point at a token for its number.")
+    return f"{''.join(blocks)}<figcaption>{note}</figcaption>"
 
 
 # ---------------------------------------------------------------- where it comes from
 
 def provenance(runs):
+    def details(title, record, facts="", kind="run"):
+        config = json.dumps(record.get("config", {}), indent=1)
+        return (f"<details class={kind}><summary>{title}</summary><p class=quiet>{safe(facts)}</p>"
+                f"<pre>{safe(record.get('command', 'no run.json'))}</pre><pre>{safe(config)}</pre></details>")
     rows = []
     for run in runs:
         record = run["record"]
-        config = json.dumps(record.get("config", {}), indent=1)
-        state = f"finished {record['finished']}" if record.get("finished") else "not finished"
-        commit = f"{record.get('commit') or '-'}{' + changes' if record.get('dirty') else ''}"
-        facts = [state, f"commit {commit}", f"{record.get('world_size', '-')} rank(s)", str(record.get("device", "-")),
-                 f"torch {record.get('torch', '-')}", f"transformers {record.get('transformers', '-')}", f"{len(run['metrics'])} logged steps"]
-        rows.append(f"<details><summary><b>{safe(run['path'])}</b> {safe(run['label'])}</summary><p class=quiet>{safe(' · '.join(facts))}</p>"
-                    f"<pre>{safe(record.get('command', 'no run.json'))}</pre><pre>{safe(config)}</pre></details>")
+        known = {name: record.get(name) or "-" for name in ("commit", "world_size", "device", "torch", "transformers")}
+        facts = [f"finished {record['finished']}" if record.get("finished") else "not finished",
+                 f"commit {known['commit']}" + " + changes" * bool(record.get("dirty")),
+                 f"{known['world_size']} rank(s)", str(known["device"]), f"torch {known['torch']}",
+                 f"transformers {known['transformers']}", f"{len(run['metrics'])} logged steps"]
+        rows.append(details(f"<b>{safe(run['path'])}</b> {safe(run['label'])}", record, " · ".join(facts)))
         for name in ("outputs.jsonl", "annotations.jsonl", "val_annotations.jsonl", "rewards.json"):
-            made = record_of(run["path"] / name)
-            if made:
-                rows.append(f"<details class=sub><summary>{safe(run['path'] / name)}</summary><pre>{safe(made.get('command', '-'))}</pre>"
-                            f"<pre>{safe(json.dumps(made.get('config', {}), indent=1))}</pre></details>")
+            if made := record_of(run["path"] / name):
+                rows.append(details(safe(run["path"] / name), made, kind="sub"))
     return "".join(rows)
 
 
@@ -300,11 +305,13 @@ STYLE = """
   --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; --c0: #2467ad; --c1: #26886b; --c2: #c8553d;
   --c3: #8465a8; --c4: #b0892b; --c5: #4a4f57; --c6: #c0578f; --c7: #5a8f29 }
 @media (prefers-color-scheme: dark) {
-  :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230; --bad: 226 104 78;
-    --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7; --c6: #e48dbb; --c7: #9acb66 } }
+  :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230;
+    --bad: 226 104 78; --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7;
+    --c6: #e48dbb; --c7: #9acb66 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 48px 24px 80px; max-width: 1080px; background: var(--page); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums }
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums }
 h1 { font: 600 27px/1.25 var(--serif); margin: 0 0 6px }
 h2 { font: 600 19px/1.3 var(--serif); margin: 56px 0 14px; padding-top: 14px; border-top: 1px solid var(--grid) }
 h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px }
@@ -312,7 +319,7 @@ h4 { font-size: 13px; font-weight: 600; margin: 0 0 4px }
 h4 em { display: block; color: var(--quiet); font-style: normal; font-weight: 400 }
 figure { margin: 0 0 34px }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
+table { border-collapse: collapse; width: 100%; border: solid var(--ink); border-width: 1.5px 0 }
 th { text-align: left; font-weight: 500; color: var(--quiet); border-bottom: 1px solid var(--rule) }
 th, td { padding: 5px 18px 5px 0; white-space: nowrap; vertical-align: top }
 td:first-child { white-space: normal }
@@ -339,7 +346,7 @@ svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
 .band { opacity: .16 }
 .dot { stroke-width: 1.8 }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 14px; font-size: 13.5px }
-.legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; border-radius: 2px }
+.legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle }
 .verdict { margin: 6px 0 0; font-size: 13px; color: var(--quiet) }
 .verdict b { color: var(--ink); font-weight: 600 }
 .bad b { color: rgb(var(--bad)) }
@@ -351,14 +358,16 @@ svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
 details { margin: 4px 0 }
 details.sub { margin-left: 20px }
 summary { cursor: pointer }
-pre { font: 12px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px; color: var(--quiet) }
+pre { font: 12px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px }
+pre { color: var(--quiet) }
 """
 
 
 def page(runs, tables, closer):
     missing = "<p class=missing>no rewards.json in these folders</p>"
     sections = [("Which arm fooled its reward model?", hacking(runs)), ("Along training", curves(runs)),
-                ("The paper's tables, and ours", "".join(map(as_html, tables))), ("What each token is paid", heatmaps(runs)),
+                ("The paper's tables, and ours", "".join(map(as_html, tables))),
+                ("What each token is paid", heatmaps(runs)),
                 ("The reward models", as_html(closer, small=True) + calibrations(runs) if closer[2] else missing),
                 ("Where the numbers come from", provenance(runs))]
     seeds = sorted({run["seed"] for run in runs})

@@ -151,6 +151,35 @@ def test_hacking_is_told(seeds):
     assert "reward hacking" in told.pop(report.RLHF) and set(told.values()) == {"the judge follows the score"} and len(told) == 2
 
 
+def test_verdicts_of_an_arm():
+    """What is said of one seed's path by its numbers: score, win rate, each with a standard error of 2"""
+    def said(*points):
+        tone, figures, words = report_page.verdict([[(10 * i, x, dict(win_rate=y, standard_error=2.0)) for i, (x, y) in enumerate(points)]])
+        return tone, words
+    assert said((0, 20), (1, 40), (2, 60)) == ("", "the judge follows the score")
+    assert said((0, 20), (1, 60), (2, 55)) == ("", "the judge follows the score"), "5 points are less than twice 2.83"
+    assert said((0, 20), (1, 60), (2, 54)) == ("warn", "the judge followed to step 10, then fell back: over-optimised")
+    assert said((0, 20), (1, 60), (2, 22)) == ("bad", "the score rose, the judge did not follow: reward hacking")
+    assert said((2, 20), (1, 60)) == ("", "the score did not rise")
+
+
+def test_a_step_chosen_on_val(tmp_path):
+    """Where there are val_annotations, they are what lies along training; Table 1 is of the step whose outputs were judged"""
+    make_runs(tmp_path)
+    for folder, percent in (("sft", 20), ("ppo_token/step_5", 40), ("ppo_token/step_10", 70), ("ppo_token", 60)):
+        write(tmp_path / folder / "val_annotations.jsonl", [row | {"preference": 2 if i < percent else 1} for i, row in enumerate(annotations(0, 100))])
+    write(tmp_path / "ppo_token/annotations.jsonl.run.json", dict(config=dict(outputs="elsewhere/ppo_token/outputs.jsonl")), lines=False)
+    write(tmp_path / "ppo_token/outputs.jsonl.run.json", dict(config=dict(model="elsewhere/ppo_token/step_10")), lines=False)
+    runs = report.read_runs([tmp_path])
+    token = next(run for run in runs if run["name"] == "ppo_token")
+    assert [(step, f["win_rate"]) for step, f in report.checkpoints(token, runs)] == [(0, 20), (5, 40), (10, 70), (25, 60)]
+    one, three = made([report.table_1(runs)], "Table 1"), made([report.table_3(runs, target=65)], "Table 3")
+    figures = win_rate(row["preference"] for row in rows_of(tmp_path / "ppo_token/annotations.jsonl"))
+    assert one[report.TOKEN][2:4] == [f"{figures['win_rate']:.1f}", "10"] and one[report.FINE][3] == "25"
+    assert three[f"{report.TOKEN}, to its own best"][2] == three[f"{report.TOKEN}, to 65%"][2] == "10"
+    assert three[f"{report.FINE}, to 65%"][2] == "- (1 of 1 never)"
+
+
 class Page(html.parser.HTMLParser):
     """The text of a page, its tags, and every attribute that could fetch something"""
 
@@ -190,7 +219,7 @@ def test_only_our_own_file_is_replaced(seeds, tmp_path):
     assert done.returncode == 2 and "is no report of ours" in done.stderr and (tmp_path / "mine.html").read_text() == "a page of mine"
     (tmp_path / "empty").mkdir()
     done = run("evaluate.py", "report", tmp_path / "empty", ok=False)
-    assert done.returncode == 2 and "no runs in" in done.stderr
+    assert done.returncode == 2 and "no run in" in done.stderr
 
 
 def test_heat_is_what_ppo_is_paid():
