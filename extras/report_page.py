@@ -272,8 +272,8 @@ def heatmaps(runs, prompts=3):
         more = f"<br><span class=quiet>{safe(more)}</span>" if more else ""
         question = f"<p><b>{safe(instruction)}</b>{more} <span class=quiet>step {step}, {safe(seed)}</span></p>"
         blocks.append(f"<div class=sample>{question}<div class=grid3>{answers}</div></div>")
-    note = ("What PPO is paid at each token: blue for a positive reward, red for a negative one, each arm on its own "
-            "scale; ∎ is the end of the answer. Point at a token for its number.")
+    note = ("What PPO is paid at each token, the end of the answer among them: blue for a positive reward, red for a "
+            "negative one, each arm on its own scale. Point at a token for its number.")
     return f"{''.join(blocks)}<figcaption>{note}</figcaption>"
 
 

@@ -256,7 +256,8 @@ def contest(tmp_path_factory):
     texts = [(f"a{i}" * (i % 5 + 1), f"b{i}" * (i % 3 + 1)) for i in range(40)]
     texts[7], texts[3] = ("same", "same"), ("{second} \ud800", "{instruction} \\1")
     for name, side in (("theirs", 0), ("ours", 1)):
-        write(home / f"{name}.jsonl", [dict(instruction=f"Do {i}.", input="with {first}" if i % 2 else "", output=pair[side], generator=name)
+        write(home / f"{name}.jsonl", [dict(instruction=f"Do {i}.", input="with {first}" if i % 2 else "", output=pair[side], generator=name,
+                                            dataset=f"{name} {i % 2}")
                                        for i, pair in enumerate(texts)])
     return home, [f"--reference={home}/theirs.jsonl", f"--outputs={home}/ours.jsonl"]
 
@@ -294,6 +295,7 @@ def test_always_first_is_exposed(contest, tmp_path):
     assert (figures["win_rate"], figures["n_draws"], figures["order_flips"], figures["first_position"]) == (50, 40, 100, 100)
     rows = rows_of(tmp_path / "a.jsonl")
     assert rows[0].keys() >= {"instruction", "output_1", "output_2", "generator_1", "generator_2", "annotator", "preference", "verdicts"}
+    assert [row["dataset"] for row in rows[:2]] == ["theirs 0", "theirs 1"], "other fields of the reference's rows pass through"
     assert rows[7]["verdicts"] == [] and rows[7]["preference"] == 1.5 and rows[0]["verdicts"] == ["Output (a)"] * 2
     once = rows_of(tmp_path / "b.jsonl")
     assert {row["preference"] for row in once} == {1, 1.5, 2} and all(row["preference"] == row["shown_first"][0] for row in once if row["verdicts"])
