@@ -1,7 +1,7 @@
 """demo.sh, whole, with small sizes: OUT=/tmp/x bash demo.sh small.toml"""
-import os, subprocess, sys
+import os, subprocess
 
-from conftest import ROOT
+from conftest import ROOT, python
 
 SMALL = """
 [prepare]
@@ -28,7 +28,7 @@ response_len = 16
 
 def demo(tmp_path):
     return subprocess.run(["bash", "demo.sh", f"{tmp_path}/small.toml"], cwd=ROOT, capture_output=True, text=True, timeout=900,
-                          env=os.environ | {"OUT": f"{tmp_path}/out", "PYTHON": sys.executable})
+                          env=os.environ | {"OUT": f"{tmp_path}/out", "PYTHON": python()})
 
 
 def test_demo_runs_whole_and_a_second_time_skips_what_is_finished(tmp_path):
