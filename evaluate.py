@@ -273,8 +273,9 @@ def judge(cfg):
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
     if cfg.dry_run:
         from extras.claude_plan import show_plan
-        requests = [judge_request(cfg, pairs[i], first) for i, first in cases] or fail("no two answers differ")
-        return show_plan(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api)
+        requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
+        plan = dict(requests=requests, answers=["Output (a)"] * len(requests), batch=cfg.batch_api)
+        return show_plan(**plan) if requests else say("no two answers differ: nothing would be asked")
     if cfg.judge == "reward_model":
         check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model",
                     "python reward_model.py")

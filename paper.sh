@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# The paper's run, whole, as demo.sh plays it in small: AlpacaFarm's data, Claude's edits, SFT, three reward models, three PPO
-# runs, Claude as the judge, the tables. The defaults are the paper's: 8 GPUs of 80 GB, LLaMA-7B.
+# The paper's run, whole, as demo.sh plays it in small: AlpacaFarm's data, Claude's edits, SFT, three reward models,
+# three PPO runs, Claude as the judge, the tables. The defaults are the paper's: LLaMA-7B on 8 GPUs of 80 GB.
 #
-#     bash paper.sh                                   # -> out/paper; shows what Claude will cost and asks before it spends it
+#     bash paper.sh                                   # -> out/paper; shows what Claude will cost and asks before it pays
 #     bash paper.sh --yes mine.toml --seed=3          # --yes: asks nothing. Presets and flags go to every stage
 #     OUT=out/small NPROC=1 bash paper.sh mine.toml   # one GPU: plain python, no torchrun
 #
-# ANTHROPIC_API_KEY pays for the edits and the verdicts. Interrupt it at will: the same command skips what is finished, goes on
-# with the rest and pays for nothing twice. Claude's failures are not asked again from here: edit.py and evaluate.py judge do.
+# ANTHROPIC_API_KEY pays for the edits and the verdicts. Interrupt it at will: the same command skips what is finished,
+# goes on with the rest and pays for nothing twice. What Claude failed to answer is asked again by edit.py and evaluate.py
+# judge, not from here.
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT=${OUT:-out/paper} NPROC=${NPROC:-8} PYTHON=${PYTHON:-python}
 HELDOUT=${HELDOUT:-500}     # preference pairs, the last ones, that no reward model learns from: Table 2
 VAL=${VAL:-300}             # questions of val.jsonl on which the models kept along training are compared
 ANCHOR=${ANCHOR:-0}         # of the token-level reward model; 0 is the paper's
-# ppo.py's kl_coef of each arm: AlpacaFarm's for simulated preferences (0.02 for human ones). The three rewards have different
-# units: hold it against return_sd in metrics.jsonl.
+# ppo.py's kl_coef of each arm: AlpacaFarm's for simulated preferences (0.02 for human ones). The three rewards differ
+# in units: hold it against return_sd in metrics.jsonl.
 KL_RLHF=${KL_RLHF:-0.0067} KL_FINE=${KL_FINE:-0.0067} KL_TOKEN=${KL_TOKEN:-0.0067}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 SECONDS=0
@@ -32,7 +33,8 @@ title() { printf '\n== %s  (%ss)\n' "$1" "$SECONDS"; }
 stage() { local name=$1; shift; "$PYTHON" "$@" 2>&1 | (trap '' INT; exec sed -u "s|^|[$name] |"); }
 ranks() {  # a stage on all GPUs
     local name=$1; shift
-    if ((NPROC > 1)); then stage "$name" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; else stage "$name" "$@"; fi
+    ((NPROC == 1)) || set -- -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
+    stage "$name" "$@"
 }
 
 JOBS=()
@@ -43,10 +45,10 @@ later() {  # OUT WORDS...: a stage that asks Claude; nothing if its output is fi
 pay() {  # N: shows the price of the first N of JOBS, asks, runs them all
     ((${#JOBS[@]})) || return 0
     for job in "${JOBS[@]:0:$1}"; do eval "stage price $job --dry_run=true"; done
-    if ((${#JOBS[@]} > $1)); then echo "There are ${#JOBS[@]} of these, each at about that price."; fi
+    ((${#JOBS[@]} <= $1)) || echo "There are ${#JOBS[@]} of these, each at about that price; no reply is paid for twice."
     if [[ ! $YES ]]; then
         read -rp "paper.sh: ask Claude and pay for it? [y/N] " answer || echo
-        [[ ${answer:-} == [yY]* ]] || { echo "paper.sh: nothing was asked; the same command goes on from here" >&2; exit 2; }
+        [[ ${answer:-} == [yY]* ]] || { echo "paper.sh: nothing asked; the same command goes on here" >&2; exit 2; }
     fi
     for job in "${JOBS[@]}"; do eval "stage claude $job"; done
     JOBS=()
@@ -72,7 +74,8 @@ stage diff diff.py "${A[@]}" --data="$OUT/edits.jsonl" --tokenizer="$OUT/sft" --
 
 title "three reward models: the same less preferred answers, steps and start"
 reward() {  # NAME FLAGS...
-    ranks "$1" reward_model.py "${A[@]}" --model="$OUT/sft" --eval_data="$OUT/pref_heldout.jsonl" "${@:2}" --out="$OUT/$1"
+    ranks "$1" reward_model.py "${A[@]}" --model="$OUT/sft" --eval_data="$OUT/pref_heldout.jsonl" "${@:2}" \
+        --out="$OUT/$1"
     ranks "$1" evaluate.py rewards "${A[@]}" --reward_model="$OUT/$1" --out="$OUT/$1/rewards.json" \
         --data="$OUT/pref_heldout.jsonl,$OUT/edits_heldout.jsonl"
 }

@@ -98,7 +98,7 @@ def test_paper_whole(tmp_path):
         for answers in ("", "n\n"):
             done = paper("--seed=7", answers=answers)
             assert done.returncode == 2 and "16 to claude" in done.stdout and "dollars" in done.stdout and claude.paid() == (0, 0)
-            assert "nothing was asked" in done.stderr and not (out / "sft").exists() and not (out / "edits.jsonl").exists()
+            assert "nothing asked" in done.stderr and not (out / "sft").exists() and not (out / "edits.jsonl").exists()
         done = paper("--seed=7", answers="y\ny\nn\n")
         assert done.returncode == 2 and not (out / "report.html").exists(), done.stdout[-3000:] + done.stderr[-3000:]
         edits, verdicts = claude.paid()
