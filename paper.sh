@@ -2,13 +2,13 @@
 # The paper's run, whole, as demo.sh plays it in small: AlpacaFarm's data, Claude's edits, SFT, three reward models,
 # three PPO runs, Claude as the judge, the tables. The defaults are the paper's: LLaMA-7B on 8 GPUs of 80 GB.
 #
-#     bash paper.sh                                   # -> out/paper; shows what Claude will cost and asks before it pays
+#     bash paper.sh                                   # -> out/paper; asks before it pays, and shows how much
 #     bash paper.sh --yes mine.toml --seed=3          # --yes: asks nothing. Presets and flags go to every stage
 #     OUT=out/small NPROC=1 bash paper.sh mine.toml   # one GPU: plain python, no torchrun
 #
 # ANTHROPIC_API_KEY pays for the edits and the verdicts. Interrupt it at will: the same command skips what is finished,
-# goes on with the rest and pays for nothing twice. What Claude failed to answer is asked again by edit.py and evaluate.py
-# judge, not from here.
+# goes on with the rest and pays for nothing twice. What Claude failed to answer is asked again by edit.py and
+# evaluate.py judge, not from here.
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT=${OUT:-out/paper} NPROC=${NPROC:-8} PYTHON=${PYTHON:-python}
@@ -45,7 +45,7 @@ later() {  # OUT WORDS...: a stage that asks Claude; nothing if its output is fi
 pay() {  # N: shows the price of the first N of JOBS, asks, runs them all
     ((${#JOBS[@]})) || return 0
     for job in "${JOBS[@]:0:$1}"; do eval "stage price $job --dry_run=true"; done
-    ((${#JOBS[@]} <= $1)) || echo "There are ${#JOBS[@]} of these, each at about that price; no reply is paid for twice."
+    ((${#JOBS[@]} <= $1)) || echo "There are ${#JOBS[@]} of these, each at about that price; nothing is paid twice."
     if [[ ! $YES ]]; then
         read -rp "paper.sh: ask Claude and pay for it? [y/N] " answer || echo
         [[ ${answer:-} == [yY]* ]] || { echo "paper.sh: nothing asked; the same command goes on here" >&2; exit 2; }
