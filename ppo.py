@@ -1,38 +1,40 @@
 """Stage 4. PPO with a reward at every token, or at the end.
 
-    torchrun --nproc_per_node=8 ppo.py                                       # the paper's run: out/sft + out/rm -> out/ppo
+    torchrun --nproc_per_node=8 ppo.py                              # the paper's run: out/sft + out/rm -> out/ppo
     python ppo.py --policy=out/sft --reward_model=out/rm --data=data/toy/prompts.jsonl
-    python ppo.py --level=sequence --reward_model=out/rm_sequence            # PPO-RLHF, the baseline
+    python ppo.py --level=sequence --reward_model=out/rm_sequence   # PPO-RLHF, the baseline
+    WORLD_SIZE=8 python ppo.py --plan=true                          # the memory of each phase; needs no GPU
 
-One step: roll out (sample a response per prompt), score (log pi of policy and reference, V, r_t), update (clipped PPO). Token
-level gives GAE the rewards [R_1 - b KL_1, ..., R_T - b KL_T], sequence level [-b KL_1, ..., R - b KL_T]; all else is one code path.
-r_t is read at a_t's own position (the model has seen a_t), V(s_t) and log pi(a_t | s_t) one earlier.
+One step: roll out (sample a response per prompt), score (log pi of policy and reference, V, r_t), update (clipped PPO).
+Token level gives GAE the rewards [R_1 - b KL_1, ..., R_T - b KL_T], sequence level [-b KL_1, ..., R - b KL_T]; all else
+is one code path. r_t is read at a_t's own position (the model has seen a_t), V(s_t) and log pi(a_t | s_t) one earlier.
 
 Where we depart: the paper writes [R_1..R_n] without KL; the defaults are AlpacaFarm's published script, which has it
-(--kl_coef=0 is the paper's literal vector). Unlike that script, every mean and whitening is over real tokens of the whole batch,
-all ranks together. Results do not depend on micro-batches or the number of ranks (but for float noise): rollouts are cut into
-fixed groups, each row has its own draws, and optimizer batches are drawn over all rows.
+(--kl_coef=0 is the paper's literal vector). Unlike that script, every mean and whitening is over real tokens of the
+whole batch, all ranks together. Results do not depend on micro-batches or the number of ranks (but for float noise):
+rollouts are cut into fixed groups, each row has its own draws, and optimizer batches are drawn over all rows.
 """
-import json, os, resource, time
-from dataclasses import dataclass
+import os, shutil, signal, time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, begin, check_input, check_model, deal, decode_response, encode_prompt,
-                    epoch_order, fail, finish, fit_positions, generate, load_checkpoint, load_config, load_model, load_tokenizer,
-                    log_metrics, logged, optimizer_step, pack, progress, read_jsonl, reward_level, row_uniforms, rows_at, save_checkpoint,
-                    save_model, say, setup, token_heads, token_logprobs, token_texts, tokenizer_hash, total, trim_logs, unsharded)
+from common import (RANK, WORLD, begin, check_input, check_model, deal, encode_prompt, epoch_order, fail, finish,
+                    fit_positions, generate, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics,
+                    logged, optimizer_step, pack, progress, read_jsonl, record_of, reward_level, row_uniforms,
+                    rows_at, save_checkpoint, save_model, say, setup, token_heads, token_logprobs, tokenizer_hash,
+                    total, trim_logs, unsharded)
 
 
 @dataclass(frozen=True)
 class Config:
     policy: str = "out/sft"                 # the start of the policy, and the reference
-    reward_model: str = "out/rm"            # scores the policy's ids; its backbone, with a zero head, starts the value model
+    reward_model: str = "out/rm"            # scores the policy's ids; its backbone, with a zero head, starts V
     data: str = "data/alpacafarm/prompts.jsonl"     # instruction, input
     out: str = "out/ppo"
-    level: Literal["token", "sequence"] = "token"   # token: R_t at every token; sequence: R at the last (a token model's R is R(tau))
+    level: Literal["token", "sequence"] = "token"   # R_t at every token, or R at the last (a token model's: Eq. 1)
     steps: int = 80                         # rollout steps (AlpacaFarm: best at 20-80)
     rollout_batch: int = 512                # responses per step, all ranks together
     rollout_micro_batch: int = 64           # responses decoded at once: a fixed group, so part of the result
@@ -45,10 +47,10 @@ class Config:
     temperature: float = 1.0                # of pi itself: log pi is log_softmax(logits / temperature)
     # reward
     kl_coef: float = 0.0067                 # b; AlpacaFarm's for simulated preferences, 0.02 for human ones
-    kl_target: float | None = None          # adapt b towards this KL per response (6 in AlpacaFarm's text); None: b is fixed
+    kl_target: float | None = None          # adapt b towards this KL per response (AlpacaFarm's text: 6); None: fixed
     clamp_kl: bool = False                  # AlpacaFarm's clamp of the per-token KL estimate at 0 (biased)
-    reward_scale: Literal["sum", "mean", "fixed"] = "sum"   # token level: r_t, r_t / T (sums to R(tau)), r_t / fixed_length
-    fixed_length: int | None = None         # for reward_scale=fixed
+    reward_scale: Literal["sum", "mean", "fixed"] = "sum"   # level=token: r_t, r_t / T (sums to R(tau)), r_t / N
+    fixed_length: int | None = None         # N of reward_scale=fixed
     missing_eos_penalty: float = 0.0        # subtracted at the last token of a response cut at response_len
     whiten_rewards: bool = True             # divide by their standard deviation, mean kept
     whiten_advantages: bool = True
@@ -68,11 +70,14 @@ class Config:
     save_every: int = 20                    # steps between Hugging Face folders out/step_N; the last is out itself
     resume_every: int = 10                  # steps between checkpoints; a killed run goes on from the newest
     sample_every: int = 10                  # steps between samples.jsonl's entries
+    wandb_project: str | None = None        # mirror metrics.jsonl there, if wandb is installed
+    plan: bool = False                      # print the memory per GPU and phase, do nothing else
+    gpu_gb: float = 80.0                    # of one GPU, for the plan
     seed: int = 0                           # order of prompts, every draw
     overwrite: bool = False
 
 
-# ---------------------------------------------------------------- the mathematics: [B, T] tensors, mask True on real tokens
+# ---------------------------------------------------------------- the mathematics: [B, T] tensors, mask True on tokens
 
 def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
@@ -80,11 +85,12 @@ def masked_mean(x, mask):
 
 def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, reward_scale="sum", fixed_length=None,
                   clamp_kl=False, missing_eos_penalty=0.0, ended=None):
-    """The reward vector [B, T] that GAE sees: penalty, then scale, then minus kl_coef * (log pi - log pi_0) at every token.
+    """The reward vector [B, T] that GAE sees: penalty, then scale, then minus kl_coef * (log pi - log pi_0) per token.
 
-    rewards: R [B] for level="sequence", put at the last real token; r_t [B, T] for "token". ended [B] bool: the response has its
-    EOS; the others lose missing_eos_penalty at their last token. reward_scale is token level's: "sum", "mean" (by the row's T) or
-    "fixed" (by fixed_length). ValueError: a scale at sequence level, fixed without fixed_length, a penalty without ended."""
+    rewards: R [B] for level="sequence", put at the last real token; r_t [B, T] for "token". ended [B] bool: the
+    response has its EOS; the others lose missing_eos_penalty at their last token. reward_scale is token level's: "sum",
+    "mean" (by the row's T) or "fixed" (by fixed_length). ValueError: a scale at sequence level, fixed without
+    fixed_length, a penalty without ended."""
     mask = mask.bool()
     lengths = mask.sum(1)
     last = torch.arange(mask.shape[1], device=mask.device) == lengths[:, None] - 1                 # [B, T]
@@ -110,8 +116,8 @@ def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, rewa
 def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation -> advantages, returns = advantages + values [B, T].
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lam A_{t+1}. The value after the last real token is 0, also
-    where a response was cut: the limit is part of the task."""
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lam A_{t+1}. The value after the last real token is
+    0, also where a response was cut: the limit is part of the task."""
     mask = mask.bool()
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages, A, next_value = torch.zeros_like(rewards), 0.0, 0.0
@@ -123,8 +129,8 @@ def gae(rewards, values, mask, *, gamma, lam):
 
 
 def whiten(x, mask, *, shift_mean=True):
-    """(x - mean) / std over the real tokens of all rows; shift_mean=False: x / std, nothing added (a constant per token would
-    pay for length). Population std; below 1e-8 x is returned as it is."""
+    """(x - mean) / std over the real tokens of all rows; shift_mean=False: x / std, nothing added (a constant per token
+    would pay for length). Population std; below 1e-8 x is returned as it is."""
     mask = mask.bool()
     x = x.masked_fill(~mask, 0)
     mean = masked_mean(x, mask)
@@ -143,7 +149,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, clip):
 
 
 def value_loss(values, old_values, returns, mask, *, clip):
-    """1/2 squared error per token [B, T], the worse of V and V kept within clip of the rollout's V. clip None: no clipping"""
+    """1/2 squared error per token [B, T], the worse of V and V kept within clip of the rollout's; None: no clipping"""
     mask = mask.bool()
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     errors = (values - returns) ** 2
@@ -152,19 +158,27 @@ def value_loss(values, old_values, returns, mask, *, clip):
     return 0.5 * errors
 
 
+def learning_rate(cfg, step, rows):
+    """AlpacaFarm's: linear warm-up, then linear to 0 over lr_epochs epochs of the prompts; once per rollout step"""
+    steps = max(cfg.lr_epochs * rows / cfg.rollout_batch, cfg.warmup_steps + 1)
+    decay = min(1, max(0, (steps - step) / (steps - cfg.warmup_steps)))
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * decay
+
+
 # ---------------------------------------------------------------- one step
 
 def roll_out(policy, tokenizer, prompts, cfg, step, device):
-    """One response per prompt -> responses (lists of ids), the same on every rank; each rank decodes whole groups. All ranks."""
+    """One response per prompt -> lists of ids, the same on every rank; each rank decodes whole groups. All ranks."""
     n, groups = len(prompts), range(0, len(prompts), cfg.rollout_micro_batch)
-    ids, lengths = torch.zeros(n, cfg.response_len, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    ids = torch.zeros(n, cfg.response_len, dtype=torch.long, device=device)
+    lengths = torch.zeros(n, dtype=torch.long, device=device)
     with unsharded(policy):
         for start in groups[RANK::WORLD]:
             rows = range(start, min(start + cfg.rollout_micro_batch, n))
             prompt_ids, prompt_mask, _ = pack([prompts[row] for row in rows], [[]] * len(rows), device)
+            uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows])
             response_ids, mask = generate(policy, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                                          eos_id=tokenizer.eos_token_id, temperature=cfg.temperature,
-                                          uniforms=torch.stack([row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows]))
+                                          eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, uniforms=uniforms)
             ids[start:start + len(rows), :mask.shape[1]], lengths[start:start + len(rows)] = response_ids, mask.sum(1)
     ids, lengths = total(ids).tolist(), total(lengths).tolist()  # each row is 0 but on its own rank. All ranks
     return [row[:length] for row, length in zip(ids, lengths)]
@@ -177,83 +191,85 @@ def optimizer_batches(cfg, step, epoch):
 
 
 @torch.no_grad()
-def score(models, functions, parts, prompts, responses, device):
-    """Each function(model, ids, mask, response_mask) [B, T] over this rank's parts (lists of rows) -> [rows, T] of all ranks. All ranks."""
-    T = max(map(len, responses))
-    outputs = [torch.zeros(len(responses), T, device=device) for _ in models]
+def score(function, parts, prompts, responses, device):
+    """function(ids, mask, response_mask) [B, T] over this rank's parts (lists of rows) -> [rows, T]. All ranks."""
+    output = torch.zeros(len(responses), max(map(len, responses)), device=device)
     for part in parts:
         packed = pack([prompts[row] for row in part or [0]], [responses[row] for row in part or [0]], device)
-        for model, function, output in zip(models, functions, outputs):
-            x = function(model, *packed)
-            if part:
-                output[part, :x.shape[1]] = x
-    return [total(output) for output in outputs]
+        x = function(*packed)  # all ranks, also those with nothing left
+        if part:
+            output[part, :x.shape[1]] = x
+    return total(output)
 
 
-def update(models, parameters, optimizer, rollout, cfg, step, lr, device):
-    """ppo_epochs over the rollout batch -> means over all real tokens of the step. rollout: prompts, responses, lengths, and
-    old_logprobs, old_values, advantages, returns [rows, T]. All ranks."""
-    sums, norms, first = torch.zeros(7, dtype=torch.float64, device=device), [], None
+def stop_if(bad, what, step, numbers, cfg):
+    """bad [rows] bool, the same on every rank: a NaN or an infinity ends the run, with the rows it is in"""
+    if bad.any():
+        rows = [numbers[i] for i in bad.nonzero()[:, 0].tolist()]
+        fail(f"step {step}: {what} not finite in row(s) {', '.join(map(str, rows[:8]))}{', ...' * (len(rows) > 8)} of "
+             f"{cfg.data}; the last checkpoint in {cfg.out} is good. Lower --lr, or look at the rows")
+
+
+def update(models, optimizer, rollout, cfg, step, lr, device):
+    """ppo_epochs over the rollout batch -> means over all real tokens of the step. All ranks.
+
+    rollout: prompts, responses (lists of ids), lengths, numbers (the rows' in the data file), and old_logprobs,
+    old_values, advantages, returns [rows, T]."""
+    parameters = optimizer.param_groups[0]["params"]  # the shards: after a forward models.parameters() may be whole
+    norms, first = [], None
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
     for epoch in range(cfg.ppo_epochs):
         for batch in optimizer_batches(cfg, step, epoch):
-            tokens, ratio_error = sum(len(rollout["responses"][row]) for row in batch), torch.zeros((), device=device)
+            tokens = sum(len(rollout["responses"][row]) for row in batch)
+            ratio_error, bad = torch.zeros((), device=device), torch.zeros(len(rollout["responses"]), device=device)
             for part in deal(batch, rollout["lengths"], cfg.micro_batch):
-                mine = part or batch[:1]  # nothing left for this rank: any row with weight 0 (the forwards are collective)
-                packed = pack([rollout["prompts"][row] for row in mine], [rollout["responses"][row] for row in mine], device)
+                mine = part or batch[:1]  # nothing left for this rank: any row, with weight 0
+                packed = pack(*([rollout[name][row] for row in mine] for name in ("prompts", "responses")), device)
                 mask = packed[2] & bool(part)
-                old_logprobs, old_values, advantages, returns = (
-                    rollout[name][mine, :mask.shape[1]] for name in ("old_logprobs", "old_values", "advantages", "returns"))
+                old_logprobs, old_values, advantages, returns = (rollout[name][mine, :mask.shape[1]] for name in (
+                    "old_logprobs", "old_values", "advantages", "returns"))
 
-                logprobs = token_logprobs(models["policy"], *packed, cfg.temperature)              # all ranks
-                losses = policy_loss(logprobs, old_logprobs, advantages, mask, clip=cfg.clip)      # [B, T]
+                logprobs = token_logprobs(models["policy"], *packed, cfg.temperature)             # all ranks
+                losses = policy_loss(logprobs, old_logprobs, advantages, mask, clip=cfg.clip)     # [B, T]
                 (losses.sum() / tokens).backward()
-                values = token_heads(models["value"], *packed, before=True)                        # all ranks
-                value_losses = value_loss(values, old_values, returns, mask, clip=cfg.value_clip)  # [B, T]
+                values = token_heads(models["value"], *packed, before=True)                       # all ranks
+                value_losses = value_loss(values, old_values, returns, mask, clip=cfg.value_clip)       # [B, T]
                 (cfg.vf_coef * value_losses.sum() / tokens).backward()
 
                 with torch.no_grad():
                     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
-                    ratio, moved = log_ratio.exp(), (values - old_values).masked_fill(~mask, 0).abs()
-                    ratio_error = torch.max(ratio_error, ((ratio - 1) * mask).abs().max())
+                    ratio, moved = log_ratio.exp(), (values - old_values).abs()
+                    ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
+                    value_clipped = moved > (float("inf") if cfg.value_clip is None else cfg.value_clip)
                     k3 = ratio - 1 - log_ratio  # Schulman's low-variance estimate of KL(old, new)
-                    clipped_value = moved > (cfg.value_clip if cfg.value_clip is not None else float("inf"))
                     sums += torch.stack([x.masked_fill(~mask, 0).double().sum() for x in (
-                        losses, value_losses, (ratio - 1).abs() > cfg.clip, clipped_value, k3, ratio, mask)])
+                        losses, value_losses, (ratio - 1).abs() > cfg.clip, value_clipped, k3, ratio, mask)])
+                    bad[part] = (~torch.isfinite((losses + value_losses).sum(1))).float()[:len(part)]
+            stop_if(total(bad) > 0, "the loss is", step, rollout["numbers"], cfg)  # all ranks
             if first is None:  # before anything was updated: pi is pi_old, so the ratio must be 1
-                first = total(ratio_error.clone(), "max").item()
-            norms.append(optimizer_step(parameters, optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {batch[:8]}..."))
+                first = total(ratio_error, "max").item()
+            rows = [rollout["numbers"][row] for row in batch[:8]]
+            norms.append(optimizer_step(parameters, optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {rows}..."))
     policy, value, clipped, value_clipped, k3, ratio, count = total(sums).tolist()  # all ranks
     return dict(policy_loss=policy / count, value_loss=value / count, first_ratio_error=first, ratio=ratio / count,
                 clip_fraction=clipped / count, value_clipped=value_clipped / count, approx_kl=k3 / count,
                 grad_norm=sum(norms) / len(norms))
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the real tokens; 0: the values explain nothing"""
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    return (1 - variance(returns - values) / variance(returns).clamp(min=1e-12)).item()
-
-
-def learning_rate(cfg, step, rows):
-    """AlpacaFarm's: linear warm-up, then linear to 0 over lr_epochs epochs of the prompts; once per rollout step"""
-    steps = max(cfg.lr_epochs * rows / cfg.rollout_batch, cfg.warmup_steps + 1)
-    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup_steps)) * min(1, max(0, (steps - step) / (steps - cfg.warmup_steps)))
-
-
 # ---------------------------------------------------------------- the stage
 
 def check(cfg):
-    """What can be wrong with a run before any model is loaded"""
+    """What can be wrong with a run before any model is loaded -> tokenizer, the reward model's level"""
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    for name in ("steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch", "ppo_epochs", "response_len"):
+    for name in ("steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
+                 "ppo_epochs", "response_len", "save_every", "resume_every", "sample_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
     if -(-cfg.rollout_batch // cfg.rollout_micro_batch) < WORLD:
-        fail(f"--rollout_batch={cfg.rollout_batch} in groups of --rollout_micro_batch={cfg.rollout_micro_batch} leaves some of the "
-             f"{WORLD} ranks without rollouts; make the groups smaller")
+        fail(f"--rollout_batch={cfg.rollout_batch} in groups of --rollout_micro_batch={cfg.rollout_micro_batch} leaves "
+             f"some of the {WORLD} ranks without rollouts; make the groups smaller")
     if cfg.level == "sequence" and cfg.reward_scale != "sum":
         fail(f"--reward_scale={cfg.reward_scale} is for --level=token")
     if (cfg.reward_scale == "fixed") != bool(cfg.fixed_length):
@@ -262,120 +278,146 @@ def check(cfg):
         fail(f"--temperature must be above 0, got {cfg.temperature}: pi is sampled from")
     kind = reward_level(cfg.reward_model)
     if cfg.level == "token" and kind == "sequence":
-        fail(f"--reward_model={cfg.reward_model} gives one reward per response; use --level=sequence, or train one with --loss=eq4")
+        fail(f"--reward_model={cfg.reward_model} gives one reward per response; use --level=sequence, or train one "
+             "with --loss=eq4")
     tokenizer = load_tokenizer(cfg.policy)
     if tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(cfg.reward_model)):
-        fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; it scores the policy's own ids")
+        fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; it scores the "
+             "policy's own ids")
     for flag in ("policy", "reward_model"):
         fit_positions(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
     return tokenizer, kind
 
 
+TOLD_TO_STOP = []  # by SIGTERM
+
+
+def stop_if_told(cfg, step, saved, models, optimizer, device):
+    """SIGTERM to any rank: keep the state after `step` steps (unless it is saved already) and go. All ranks."""
+    if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
+        if step != saved:
+            save_checkpoint(cfg.out, step, models, optimizer)
+        say(f"SIGTERM: stopped after {step} steps; the same command goes on from there")
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(cfg):
+    from extras import watch  # what one sees beside the numbers: alarms, samples, wandb
+    if cfg.plan:
+        from extras.plan import show_plan
+        return show_plan(cfg)
+
     # ---------------------------------------------------------------- inputs
     tokenizer, kind = check(cfg)
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None))})
-    prompts = [(row, ids) for row in rows if len(ids := encode_prompt(tokenizer, row)) <= cfg.query_len]
+    prompts = [(number, row, ids) for number, row in enumerate(rows, 1)
+               if len(ids := encode_prompt(tokenizer, row)) <= cfg.query_len]
     if not prompts:
         fail(f"{cfg.data}: every prompt is longer than --query_len={cfg.query_len} tokens")
-    free = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every", "sample_every")
+    free = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every", "sample_every", "wandb_project",
+            "plan", "gpu_gb")
     finished = begin(cfg, free=free, inputs=[cfg.policy, cfg.reward_model, cfg.data], prompts=len(prompts))
-    history = {row["step"]: row for row in logged(Path(cfg.out, "metrics.jsonl"))}
-    if finished and len(history) >= cfg.steps:  # else: more steps than last time
+    if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:  # else: more steps than last time
         return say(f"{cfg.out} is finished; nothing to do")
+    mirror = watch.mirror(cfg)
 
     # ---------------------------------------------------------------- models: two that learn, two that are frozen
     device, mesh, dtype = setup(cfg.dtype)
     ac = cfg.activation_checkpointing
-    models = torch.nn.ModuleDict(dict(policy=load_model(cfg.policy, device, mesh, dtype, checkpointing=ac),
-                                      value=load_model(cfg.reward_model, device, mesh, dtype, head="zero", checkpointing=ac)))
+    models = torch.nn.ModuleDict(dict(
+        policy=load_model(cfg.policy, device, mesh, dtype, checkpointing=ac),
+        value=load_model(cfg.reward_model, device, mesh, dtype, head="zero", checkpointing=ac)))
     policy, value = models["policy"], models["value"]
     reference = load_model(cfg.policy, device, mesh, dtype, frozen=True)
     reward_model = load_model(cfg.reward_model, device, mesh, dtype, head="saved", frozen=True)
-    parameters = list(models.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
-    done = load_checkpoint(cfg.out, models, optimizer)
-    kl_coef = history[done - 1]["next_kl_coef"] if done else cfg.kl_coef
+    optimizer = torch.optim.AdamW(models.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+    watch.check_disk(cfg, models, dtype)
+    done = saved = load_checkpoint(cfg.out, models, optimizer)
     trim_logs(cfg.out, done)
-    say(f"{len(prompts)} prompts ({len(rows) - len(prompts)} longer than {cfg.query_len} tokens dropped), {cfg.steps} steps of "
-        f"{cfg.rollout_batch} responses on {WORLD} rank(s)" + (f", going on after step {done}" if done else ""))
+    history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
+    kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
+    signal.signal(signal.SIGTERM, lambda *_: TOLD_TO_STOP.append(True))
+    say(f"{len(prompts)} prompts ({len(rows) - len(prompts)} longer than {cfg.query_len} tokens dropped), {cfg.steps} "
+        f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s)", f"going on after step {done}" if done else "")
 
     for step in progress(range(done, cfg.steps), "ppo", cfg.steps):
+        stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
         # ------------------------------------------------------------ roll out
         clock = [time.time()]
         batch = rows_at(step * cfg.rollout_batch, (step + 1) * cfg.rollout_batch, len(prompts), cfg.seed)
-        batch_prompts = [prompts[i][1] for i in batch]
+        numbers, batch_rows, batch_prompts = zip(*(prompts[i] for i in batch))
         responses = roll_out(policy, tokenizer, batch_prompts, cfg, step, device)
+        lengths = [len(p) + len(ids) for p, ids in zip(batch_prompts, responses)]
         clock.append(time.time())
 
         # ------------------------------------------------------------ score
-        lengths = [len(p) + len(r) for p, r in zip(batch_prompts, responses)]
-        def logprobs_of(model, *packed):
-            return token_logprobs(model, *packed, cfg.temperature)
-        def values_of(model, *packed):
-            return token_heads(model, *packed, before=True)
-        parts = [part for b in optimizer_batches(cfg, step, 0) for part in deal(b, lengths, cfg.micro_batch)]  # the first update's
-        old_logprobs, ref_logprobs = score([policy, reference], [logprobs_of] * 2, parts, batch_prompts, responses, device)
+        texts = (batch_prompts, responses, device)
+        parts = [part for b in optimizer_batches(cfg, step, 0) for part in deal(b, lengths, cfg.micro_batch)]
+        old_logprobs, ref_logprobs = (  # [rows, T], in the first epoch's own micro-batches: the first ratio is 1
+            score(lambda *packed: token_logprobs(model, *packed, cfg.temperature), parts, *texts)
+            for model in (policy, reference))
         parts = deal(range(len(responses)), lengths, cfg.score_micro_batch)
-        r, old_values = score([reward_model, value], [token_heads, values_of], parts, batch_prompts, responses, device)
+        r = score(lambda *packed: token_heads(reward_model, *packed), parts, *texts)  # [rows, T], r_t at a_t
+        old_values = score(lambda *packed: token_heads(value, *packed, before=True), parts, *texts)  # [rows, T], V(s_t)
+        for name, x in dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rewards=r, values=old_values).items():
+            stop_if(~torch.isfinite(x.sum(1)), f"{name} are", step, numbers, cfg)
 
-        mask = torch.arange(r.shape[1], device=device) < torch.tensor([len(ids) for ids in responses], device=device)[:, None]
+        mask = torch.arange(r.shape[1], device=device) < torch.tensor([[len(ids)] for ids in responses], device=device)
         ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses], device=device)
-        R = r.sum(1) / mask.sum(1) if kind == "token" else r.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]   # [rows], Eq. 1
-        rewards = shape_rewards(r if cfg.level == "token" else R, old_logprobs, ref_logprobs, mask, level=cfg.level, kl_coef=kl_coef,
-                                reward_scale=cfg.reward_scale, fixed_length=cfg.fixed_length, clamp_kl=cfg.clamp_kl,
-                                missing_eos_penalty=cfg.missing_eos_penalty, ended=ended)
-        score_sd = rewards.sum(1).std().item() if len(rewards) > 1 else 0.0  # of the return: what kl_coef is to be held against
+        T = mask.sum(1, keepdim=True)
+        R = r.sum(1) / T[:, 0] if kind == "token" else r.gather(1, T - 1)[:, 0]                         # [rows], Eq. 1
+        rewards = shape_rewards(r if cfg.level == "token" else R, old_logprobs, ref_logprobs, mask, level=cfg.level,
+                                kl_coef=kl_coef, reward_scale=cfg.reward_scale, fixed_length=cfg.fixed_length,
+                                clamp_kl=cfg.clamp_kl, missing_eos_penalty=cfg.missing_eos_penalty, ended=ended)
+        return_sd = rewards.sum(1).std(correction=0).item()  # what kl_coef is to be held against
         if cfg.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
-        value_explains = explained_variance(old_values, returns, mask)
+        explained = watch.explained_variance(old_values, returns, mask)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
+        if step == 0 and (words := watch.length_pressure(cfg, r, mask, ended)):
+            say("ALARM:", words)
         clock.append(time.time())
+        stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks; the weights are the last step's
 
         # ------------------------------------------------------------ update
         lr = learning_rate(cfg, step, len(prompts))
-        rollout = dict(prompts=batch_prompts, responses=responses, lengths=lengths, old_logprobs=old_logprobs,
-                       old_values=old_values, advantages=advantages, returns=returns)
-        stats = update(models, parameters, optimizer, rollout, cfg, step, lr, device)
+        rollout = dict(prompts=batch_prompts, responses=responses, lengths=lengths, numbers=numbers,
+                       old_logprobs=old_logprobs, old_values=old_values, advantages=advantages, returns=returns)
+        stats = update(models, optimizer, rollout, cfg, step, lr, device)
         clock.append(time.time())
 
         # ------------------------------------------------------------ log, keep
         tokens, kl = int(mask.sum()), (old_logprobs - ref_logprobs).sum(1).mean().item()
-        rollout_s, score_s, update_s = (end - start for start, end in zip(clock, clock[1:]))
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         next_kl_coef = kl_coef * (1 + 0.1 * min(0.2, max(-0.2, kl / cfg.kl_target - 1))) if cfg.kl_target else kl_coef
-        log_metrics(cfg.out, dict(
-            step=step, reward=R.mean().item(), token_reward=masked_mean(r, mask).item(), return_sd=score_sd, kl=kl,
+        rollout_s, score_s, update_s = (end - start for start, end in zip(clock, clock[1:]))
+        history.append(dict(
+            step=step, reward=R.mean().item(), token_reward=masked_mean(r, mask).item(), return_sd=return_sd, kl=kl,
             response_length=tokens / len(responses), eos_share=ended.float().mean().item(),
-            entropy=-masked_mean(old_logprobs, mask).item(), explained_variance=value_explains, **stats, lr=lr, kl_coef=kl_coef,
+            entropy=-masked_mean(old_logprobs, mask).item(), **explained, **stats, lr=lr, kl_coef=kl_coef,
             next_kl_coef=next_kl_coef, rollout_s=rollout_s, score_s=score_s, update_s=update_s,
-            tokens_per_s=tokens / (clock[-1] - clock[0]), peak_gb=peak / 1e9, seconds=clock[-1] - clock[0]),
-            shown=("step", "reward", "kl", "response_length", "eos_share", "first_ratio_error", "clip_fraction", "grad_norm", "seconds"))
+            tokens_per_s=tokens / (clock[-1] - clock[0]), peak_gb=watch.peak_gb(device), seconds=clock[-1] - clock[0]))
+        log_metrics(cfg.out, history[-1], shown=("step", "reward", "kl", "response_length", "eos_share",
+                                                 "first_ratio_error", "clip_fraction", "grad_norm", "seconds"))
+        mirror(history[-1])
+        for words in watch.alarms(cfg, history, dtype):
+            say(f"ALARM at step {step}:", words)
         kl_coef = next_kl_coef
         if step % cfg.sample_every == 0 or step == cfg.steps - 1:
-            log_samples(cfg, tokenizer, step, [prompts[i][0] for i in batch[:3]], responses, r, R)
+            watch.samples(cfg, tokenizer, step, batch_rows[:3], responses, r, R)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_model(policy, tokenizer, Path(cfg.out, "saving_step.tmp"), dtype)  # all ranks
+            beside, final = Path(cfg.out, "saving_step.tmp"), Path(cfg.out, f"step_{step + 1}")
+            save_model(policy, tokenizer, beside, dtype)  # all ranks
             if RANK == 0:
-                os.replace(Path(cfg.out, "saving_step.tmp"), Path(cfg.out, f"step_{step + 1}"))
+                shutil.rmtree(final, ignore_errors=True)  # of a run that was killed later, and goes on from before
+                os.replace(beside, final)
         if (step + 1) % cfg.resume_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(cfg.out, step + 1, models, optimizer)  # all ranks
+            save_checkpoint(cfg.out, saved := step + 1, models, optimizer)  # all ranks
 
     save_model(policy, tokenizer, cfg.out, dtype)  # all ranks
-    finish(cfg)
+    finish(cfg, config=asdict(cfg))
     say(f"{cfg.out}: done")
-
-
-def log_samples(cfg, tokenizer, step, rows, responses, r, R):
-    """Three responses of the step with their token rewards -> samples.jsonl (rank 0)"""
-    if RANK == 0:
-        with open(Path(cfg.out, "samples.jsonl"), "a", encoding="utf-8") as file:
-            for i, (row, ids) in enumerate(zip(rows, responses)):
-                file.write(json.dumps(dict(step=step, instruction=row["instruction"], input=row.get("input") or "",
-                                           output=decode_response(tokenizer, ids), tokens=token_texts(tokenizer, ids),
-                                           token_rewards=r[i, :len(ids)].tolist(), reward=R[i].item())) + "\n")
 
 
 if __name__ == "__main__":
