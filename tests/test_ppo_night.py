@@ -1,0 +1,124 @@
+"""ppo.py through the night: killed, told to stop, given a NaN, on two machines, with a rank that fails.
+pytest tests/test_ppo_night.py"""
+import os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from conftest import PPO, ROOT, rows_of, run
+from test_stages import kill_when, lines, same_metrics, start, weights
+
+STEPS = ["--steps=6", "--rollout_micro_batch=4", "--kl_target=0.1", "--sample_every=2"]
+
+BROKEN = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import common
+from common import *
+steps, rows_at, token_heads, optimizer_step = [], common.rows_at, common.token_heads, common.optimizer_step
+{patch}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NAN_AT_STEP_2 = """
+def counted(*args):
+    steps.append(1)
+    return rows_at(*args)
+def spoilt(*args, before=False):
+    r = token_heads(*args, before=before)
+    if len(steps) == 3 and not before:
+        r[0, 0] = float("nan")
+    return r
+common.rows_at, common.token_heads = counted, spoilt
+"""
+RANK_1_FAILS = """
+def failing(*args):
+    if RANK == 1:
+        open({path!r}, "w").close()
+        raise RuntimeError("the card of rank 1 fell off the bus")
+    return optimizer_step(*args)
+common.optimizer_step = failing
+"""
+
+
+@pytest.fixture(scope="module")
+def words(world):
+    return ["ppo.py", f"--policy={world}/sft", f"--reward_model={world}/rm", f"--data={world}/data/prompts.jsonl", *PPO, *STEPS]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """The undisturbed run of six steps on one rank"""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(*words, f"--out={out}")
+    return out
+
+
+def broken(path, patch):
+    path.write_text(BROKEN.format(root=str(ROOT), patch=patch))
+    return path
+
+
+def two_nodes(per_node, *words):
+    """Two torchrun agents, as on two machines -> the processes"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
+                              f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", *map(str, words)],
+                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in range(2)]
+
+
+def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, tmp_path):
+    """kill -9 three times, a NaN at step 2, SIGTERM; then the same command ends with the same weights to the last bit"""
+    out = tmp_path / "out"
+    def kill_at(rows):
+        kill_when(start(*words, f"--out={out}", "--resume_every=2"), lambda: lines(out / "metrics.jsonl") >= rows)
+        assert not (out / "config.json").exists(), "a model stands under its final name before it is whole"
+    kill_at(1)
+    done = run(broken(tmp_path / "nan.py", NAN_AT_STEP_2), ROOT / words[0], *words[1:], f"--out={out}", "--resume_every=1",
+               ok=False)
+    assert done.returncode == 2 and "step 2: rewards are not finite in row(s) " in done.stderr, done.stderr
+    assert [folder.name for folder in out.glob("checkpoint_*")] == ["checkpoint_2"] and lines(out / "metrics.jsonl") == 2
+    process = start(*words, f"--out={out}", "--resume_every=100", "--save_every=1")
+    while lines(out / "metrics.jsonl") < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert (out / f"checkpoint_{lines(out / 'metrics.jsonl')}").exists() and lines(out / "metrics.jsonl") < 5
+    kill_at(5)
+    kill_at(6)
+    run(*words, f"--out={out}")
+    one, two = weights(whole), weights(out)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    same_metrics(whole, out, 0.0)
+    assert rows_of(whole / "samples.jsonl") == rows_of(out / "samples.jsonl")
+    assert "is finished" in run(*words, f"--out={out}").stdout
+
+
+def test_micro_batches_change_nothing(words, whole, tmp_path):
+    run(*words, f"--out={tmp_path}/out", "--micro_batch=3", "--score_micro_batch=16")
+    same_metrics(whole, tmp_path / "out", 5e-4)
+
+
+def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
+    """HSDP: sharded inside a machine, replicated across; its checkpoint goes on with one rank"""
+    out = tmp_path / "out"
+    nodes = two_nodes(2, *words, f"--out={out}", "--steps=2")
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    run(*words, f"--out={out}", "--steps=4")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4]))
+    same_metrics(tmp_path / "first", out, 1e-3)
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_own_error(words, tmp_path):
+    """Also on the other machine, within a minute"""
+    failed = tmp_path / "failed"
+    nodes = two_nodes(1, broken(tmp_path / "fail.py", RANK_1_FAILS.format(path=str(failed))), ROOT / words[0], *words[1:],
+                      f"--out={tmp_path}/out")
+    while not failed.exists() and all(node.poll() is None for node in nodes):
+        time.sleep(0.1)
+    said = [node.communicate(timeout=60)[0] for node in nodes]
+    assert failed.exists() and all(node.returncode for node in nodes), said
+    assert "the card of rank 1 fell off the bus" in said[1], said
