@@ -40,7 +40,8 @@ def shape(config, Auto):
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return SimpleNamespace(h=text.hidden_size, i=text.intermediate_size, V=text.vocab_size, head_dim=head_dim,
                            kv=2 * text.num_key_value_heads * head_dim * len(layers), layers=len(layers), params=params,
-                           layer=count(layers[0]), root=params - sum(map(count, layers)))
+                           layer=count(layers[0]), root=params - sum(map(count, layers)),
+                           tied=text.tie_word_embeddings and hasattr(model, "lm_head"))
 
 
 def largest(*moments):
@@ -67,7 +68,7 @@ def forward(m, ranks, B, S, T, c, *, held, head):
     """Scoring: a forward without gradients. held: bytes per weight of a shard; head: "logits" [B, T, V], "values" """
     shards = held * m.params / ranks
     return largest(
-        dict(weights=shards + 2 * c * m.root + c * m.layer),                 # the first gather
+        dict(weights=shards + 2 * c * (m.root + m.layer)),                   # the first gather
         dict(weights=shards + c * m.root + 2 * c * m.layer, activations=forward_activations(m, B, S, c)),
         dict(weights=shards + c * m.root, logits=8 * B * T * m.V * (head == "logits")))  # float32: logits, log-softmax
 
@@ -86,8 +87,9 @@ def update(m, ranks, B, S, T, c, *, checkpointing, head):
         backward,
         dict(weights=shards + c * m.root, gradients=gradients, activations=kept + 4 * B * S * m.h * c,
              logits=12 * B * T * m.V * (head == "logits")),                  # float32: log-softmax and two gradients
-        dict(weights=shards, gradients=gradients + (c + 4) * m.root),        # the root's gradient, reduced in float32
-        dict(weights=shards + 2 * c * m.root + c * m.layer, gradients=gradients))
+        dict(weights=shards + c * m.root * m.tied,                           # the root's gradient, reduced in float32;
+             gradients=gradients + (c + 4) * m.root + 4 * m.layer * m.tied), # a tied embedding stays until it is
+        dict(weights=shards + 2 * c * (m.root + m.layer), gradients=gradients))
 
 
 # ---------------------------------------------------------------- the run

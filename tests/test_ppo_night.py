@@ -42,7 +42,8 @@ common.optimizer_step = failing
 
 @pytest.fixture(scope="module")
 def words(world):
-    return ["ppo.py", f"--policy={world}/sft", f"--reward_model={world}/rm", f"--data={world}/data/prompts.jsonl", *PPO, *STEPS]
+    return ["ppo.py", f"--policy={world}/sft", f"--reward_model={world}/rm", f"--data={world}/data/prompts.jsonl",
+            *PPO, *STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +64,24 @@ def two_nodes(per_node, *words):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
-                              f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}", *map(str, words)],
-                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in range(2)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
+              "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [subprocess.Popen([*launch, f"--node_rank={node}", *map(str, words)], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in range(2)]
 
 
 def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, tmp_path):
-    """kill -9 three times, a NaN at step 2, SIGTERM; then the same command ends with the same weights to the last bit"""
+    """kill -9 three times, a NaN at step 2, SIGTERM; then the same command ends in the same weights to the last bit"""
     out = tmp_path / "out"
     def kill_at(rows):
         kill_when(start(*words, f"--out={out}", "--resume_every=2"), lambda: lines(out / "metrics.jsonl") >= rows)
         assert not (out / "config.json").exists(), "a model stands under its final name before it is whole"
     kill_at(1)
-    done = run(broken(tmp_path / "nan.py", NAN_AT_STEP_2), ROOT / words[0], *words[1:], f"--out={out}", "--resume_every=1",
-               ok=False)
+    done = run(broken(tmp_path / "nan.py", NAN_AT_STEP_2), ROOT / words[0], *words[1:], f"--out={out}",
+               "--resume_every=1", ok=False)
     assert done.returncode == 2 and "step 2: rewards are not finite in row(s) " in done.stderr, done.stderr
-    assert [folder.name for folder in out.glob("checkpoint_*")] == ["checkpoint_2"] and lines(out / "metrics.jsonl") == 2
+    assert [folder.name for folder in out.glob("checkpoint_*")] == ["checkpoint_2"]
+    assert lines(out / "metrics.jsonl") == 2
     process = start(*words, f"--out={out}", "--resume_every=100", "--save_every=1")
     while lines(out / "metrics.jsonl") < 3 and process.poll() is None:
         time.sleep(0.005)
@@ -115,8 +118,8 @@ def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
 def test_a_rank_that_fails_ends_the_job_with_its_own_error(words, tmp_path):
     """Also on the other machine, within a minute"""
     failed = tmp_path / "failed"
-    nodes = two_nodes(1, broken(tmp_path / "fail.py", RANK_1_FAILS.format(path=str(failed))), ROOT / words[0], *words[1:],
-                      f"--out={tmp_path}/out")
+    nodes = two_nodes(1, broken(tmp_path / "fail.py", RANK_1_FAILS.format(path=str(failed))), ROOT / words[0],
+                      *words[1:], f"--out={tmp_path}/out")
     while not failed.exists() and all(node.poll() is None for node in nodes):
         time.sleep(0.1)
     said = [node.communicate(timeout=60)[0] for node in nodes]
