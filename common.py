@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+                                                     set_model_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -468,14 +468,17 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     if head:
         Auto = AutoModelForTokenClassification
         config.num_labels, config.token_classification_bias, config.classifier_dropout = 1, False, 0.0
-    held = dtype if frozen else torch.float32
-    if Path(path).exists() and not any(Path(path).glob("*.safetensors*")):
-        torch.manual_seed(seed)
-        model = Auto.from_config(config, dtype=held)
-    else:
-        model = Auto.from_pretrained(path, config=config, dtype=held, use_safetensors=True)
-    if head == "zero":
-        torch.nn.init.zeros_(model.score.weight)
+    held, whole = dtype if frozen else torch.float32, None
+    if not mesh or RANK == 0:  # one whole copy in host memory: the other ranks get their shards from it
+        if Path(path).exists() and not any(Path(path).glob("*.safetensors*")):
+            torch.manual_seed(seed)
+            whole = Auto.from_config(config, dtype=held)
+        else:
+            whole = Auto.from_pretrained(path, config=config, dtype=held, use_safetensors=True)
+        if head == "zero":
+            torch.nn.init.zeros_(whole.score.weight)
+    with torch.device("meta"):
+        model = Auto.from_config(config, dtype=held) if mesh else whole
     model.get_input_embeddings().padding_idx = None  # where pad is eos, it would keep EOS's embedding from learning
     model.train(not frozen).requires_grad_(not frozen)
     if checkpointing:
@@ -488,7 +491,14 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
         for part in sharded_parts(model):
             part.set_gradient_divide_factor(1.0)  # the losses are sums over global counts: gradients add up
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    return model.to(device)  # with mesh: what is left is buffers
+        model.to_empty(device=device)
+        set_model_state_dict(model, whole.state_dict() if whole else {}, options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True))
+        for name, buffer in model.named_buffers():  # rotary frequencies: in no state dict
+            if whole:
+                buffer.copy_(whole.get_buffer(name))
+            dist.broadcast(buffer, 0)
+    return model.to(device)
 
 
 def sharded_parts(model):

@@ -1,0 +1,49 @@
+"""A sharded model is from_pretrained's to the last bit, and only rank 0 holds it whole. pytest tests/test_load.py"""
+import torch
+from conftest import ROOT, run
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CHECK = """
+import itertools, sys
+sys.path.insert(0, {root!r})
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+import common
+loads, kinds = [], ((None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32))
+device, mesh, _ = common.setup("float32")
+for Auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
+    def spy(*args, load=Auto.from_pretrained, **options):
+        loads.append(common.RANK)
+        return load(*args, **options)
+    Auto.plain, Auto.from_pretrained = Auto.from_pretrained, spy
+for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
+    model = common.load_model(path, device, mesh, torch.bfloat16, head=head, frozen=frozen)
+    Auto, options = (AutoModelForTokenClassification, dict(num_labels=1)) if head else (AutoModelForCausalLM, dict())
+    want = Auto.plain(path, dtype=held, **options)
+    if head:
+        want.score.weight.data.zero_()
+        want.score.bias = None
+    state = common.get_model_state_dict(model, options=common.StateDictOptions(full_state_dict=True))
+    for ours, plain in ((state, want.state_dict()), (dict(model.named_buffers()), dict(want.named_buffers()))):
+        assert ours and ours.keys() == plain.keys(), ours.keys() ^ plain.keys()
+        for name, x in ours.items():
+            assert x.dtype == plain[name].dtype and torch.equal(x, plain[name]), name
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in want.named_parameters()]
+    assert head or (model.lm_head.weight is model.model.embed_tokens.weight) == want.config.tie_word_embeddings
+    assert model.get_input_embeddings().padding_idx is None
+    assert all(p.requires_grad != frozen for p in model.parameters())
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7, 2, 8]])
+        logits = want.to(torch.bfloat16)(input_ids=ids).logits
+        assert torch.allclose(model.eval()(input_ids=ids).logits, logits, atol=0.02)
+assert set(loads) <= {{0}}, loads
+"""
+
+
+def test_two_ranks_load_what_from_pretrained_loads(tmp_path):
+    for name, tied in (("tied", True), ("untied", False)):
+        config = LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, pad_token_id=2,
+                             num_attention_heads=4, tie_word_embeddings=tied, eos_token_id=2)  # pad is eos
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    (tmp_path / "check.py").write_text(CHECK.format(root=str(ROOT)))
+    run(tmp_path / "check.py", tmp_path / "tied", tmp_path / "untied", ranks=2)
