@@ -8,6 +8,7 @@ SMALL = """
 sft_rows = 96
 pref_rows = 32
 heldout_rows = 24
+val_rows = 6
 eval_rows = 6
 hidden_size = 32
 heads = 2
