@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common import (begin, check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, finish,
                     fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step, pack,
                     progress, read_jsonl, record_of, reward_level, rows_at, save_checkpoint, save_model, say, setup, token_heads,
-                    token_texts, tokenizer_hash, total, trim_logs)
+                    token_texts, tokenizer_hash, total, trim_logs, upcast)
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,28 @@ def pair_length(pair):
 
 
 def score_pairs(model, pairs, device):
-    """Both answers of each pair in one forward -> r_w, response_w, changed_w, r_l, response_l, changed_l, all [B, T]. All ranks."""
-    B = len(pairs)
+    """Both answers of each pair in one forward -> r_w, response_w, changed_w, r_l, response_l, changed_l, all [B, T]. All ranks.
+
+    A prompt is computed once for all its answers: they stand behind it in one row, and a token sees the prompt and its own answer."""
     prompts, w, l, changed_w, changed_l = zip(*pairs)
-    ids, mask, response = pack(prompts * 2, w + l, device)
-    r = token_heads(model, ids, mask, response)                                                     # [2B, T]
-    changed = torch.tensor([c + [0] * (r.shape[1] - len(c)) for c in changed_w + changed_l], device=device)
+    rows, places = {}, []  # prompt -> its row: ids, positions, branch (0: the prompt, 1..: an answer); where each answer begins
+    for prompt, answer in zip(prompts * 2, w + l):
+        ids, positions, branches = rows.setdefault(tuple(prompt), (list(prompt), list(range(len(prompt))), [0] * len(prompt)))
+        places.append((list(rows).index(tuple(prompt)), len(ids)))
+        ids += answer
+        positions += range(len(prompt), len(prompt) + len(answer))
+        branches += [branches[-1] + 1] * len(answer)
+    S, T, B = max(len(ids) for ids, _, _ in rows.values()), max(map(len, w + l)), len(pairs)
+    ids, positions, branch = (torch.tensor([row[k] + [padding] * (S - len(row[k])) for row in rows.values()], device=device)
+                              for k, padding in enumerate((0, 0, -1)))                              # [rows, S] each
+    seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])                         # [rows, S, S]: query, key
+    heads = upcast(model(input_ids=ids, attention_mask=(seen & torch.ones_like(seen).tril())[:, None], position_ids=positions,
+                         use_cache=False).logits[..., 0])                                           # [rows, S]. All ranks
+    row, start = torch.tensor(places, device=device).T[..., None]                                   # [2B, 1] each
+    t = torch.arange(T, device=device)
+    response = t < torch.tensor([[len(answer)] for answer in w + l], device=device)                 # [2B, T]
+    r = heads[row, (start + t).clamp(max=S - 1)].masked_fill(~response, 0)
+    changed = torch.tensor([c + [0] * (T - len(c)) for c in changed_w + changed_l], device=device)
     return r[:B], response[:B], changed[:B], r[B:], response[B:], changed[B:]
 
 
