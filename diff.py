@@ -1,17 +1,20 @@
-"""Stage 2. Which tokens did the edit change? edits.jsonl -> diffs.jsonl, one pair of token sequences with U_0 / U_1 masks a row.
+"""Stage 2. Which tokens did the edit change? edits.jsonl -> diffs.jsonl, a row per pair of token sequences with U_0 / U_1 masks.
 
     python diff.py out/edits.jsonl --tokenizer=out/sft             # -> out/diffs.jsonl
     python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5  # pairs in the terminal: [-removed-] {+added+}
+    python diff.py show out/edits.jsonl --html=out/diffs.html      # the same as a page
 
-U_0, the unchanged part, is a longest common subsequence of the two token sequences; U_1 is the rest, on each side. (The paper
-writes U_0 = {t : a_t^i = a_t^j}; once something was inserted or deleted, only an alignment makes sense of that.)
+U_0, the unchanged part, is a longest common subsequence of the two token sequences; U_1 is the rest, on each side. (The
+paper writes U_0 = {t : a_t^i = a_t^j}; once something was inserted or deleted, only an alignment makes sense of that.)
 Both answers end in EOS unless the row's `cut` names them, so EOS is a token like any other and is usually in U_0.
 
-Nothing is cut to fit: what cutting would do to U_1 is worse than a pair less. Pairs that are too long, identical, empty or
-changed beyond `max_changed` are dropped and counted; a failed edit (edited: null) is skipped and counted.
+Nothing is cut to fit. Cutting both answers at one length would put untouched tokens into U_1: an insertion pushes as many
+of the edited answer's last tokens over the edge, and the original's, left without a partner, would be punished. Pairs that
+are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed edits (edited: null).
 """
 import json, sys
 from dataclasses import dataclass
+from shutil import get_terminal_size
 
 from common import (begin, check_input, check_model, encode_prompt, encode_response, fail, finish, load_config,
                     load_tokenizer, read_jsonl, replacing, say, token_texts, tokenizer_hash)
@@ -26,6 +29,7 @@ class Config:
     max_tokens: int = 512           # of prompt + answer; longer pairs are dropped (the paper's preset: 512)
     max_changed: float = 1.0        # drop pairs with a larger share of changed tokens; 1: keep rewrites too
     n: int = 5                      # show: how many pairs
+    html: str | None = None         # show: a page to write, instead of the terminal
     seed: int = 0                   # nothing here is random
     overwrite: bool = False
 
@@ -48,7 +52,7 @@ def common_pairs(a, b, after_run=False):
     """Index pairs (i, j), a[i] == b[j], of a longest common subsequence with as few contiguous runs as any longest one has.
 
     Dynamic programming over prefixes: best[i][j] scores a[:i] against b[:j], run[i][j] the same with a[i-1] paired to b[j-1].
-    A pair is worth MATCH, beginning a new run costs 1. Ties fall to the later pair. An optimal path makes len(a) - L
+    A pair is worth MATCH, beginning a new run costs 1. An optimal path makes len(a) - L
     deletions and len(b) - L insertions, so it stays in a narrow band about the diagonal; the rest is not computed."""
     L, n, m = lcs_length(a, b), len(a), len(b)
     MATCH, NEVER = n + m + 2, -(n + m + 2) ** 2
@@ -58,7 +62,8 @@ def common_pairs(a, b, after_run=False):
         for j in range(max(0, i - (n - L)), min(m, i + (m - L)) + 1):
             if i and j and a[i - 1] == b[j - 1]:
                 run[i][j] = MATCH + max(run[i - 1][j - 1], best[i - 1][j - 1] - 1)
-            best[i][j] = max(run[i][j], best[i - 1][j] if i else NEVER, best[i][j - 1] if j else NEVER, 0 if not i and not j else NEVER)
+            best[i][j] = max(run[i][j], best[i - 1][j] if i else NEVER, best[i][j - 1] if j else NEVER,
+                             0 if i == j == 0 else NEVER)
     pairs, i, j, inside = [], n, m, False
     while i and j:
         if inside or best[i][j] == run[i][j]:
@@ -75,10 +80,13 @@ def common_pairs(a, b, after_run=False):
 def align(original, edited, *, gaps=False):
     """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1): 1 = in U_1.
 
-    The unchanged tokens are a longest common subsequence: the common beginning and end first, between them one with few
-    contiguous runs; deterministic. gaps=True: where something was only inserted (or deleted), the side without it has no U_1,
-    and Eq. 4 could not blame its omission. Then the unchanged token that stands there counts as changed too: it is the action
-    taken in the state in which the other answer acted differently (an EOS that came too early, say)."""
+    The unchanged tokens are a longest common subsequence: the common beginning and end first, between them one with as few
+    contiguous runs as there can be. Ties are decided from the end: two tokens are paired if such an alignment pairs them,
+    otherwise the original's is dropped if one can do without it. So the same texts always give the same masks.
+
+    gaps=True: where something was only inserted (or deleted), the side without it has no U_1, and Eq. 4 could not blame its
+    omission. Then the unchanged token that stands there counts as changed too: it is the action taken in the state in which
+    the other answer acted differently (an EOS that came too early, say)."""
     n, m = len(original), len(edited)
     head = 0
     while head < min(n, m) and original[head] == edited[head]:
@@ -87,7 +95,8 @@ def align(original, edited, *, gaps=False):
     while tail < min(n, m) - head and original[n - 1 - tail] == edited[m - 1 - tail]:
         tail += 1
     between = common_pairs(original[head:n - tail], edited[head:m - tail], after_run=head > 0)
-    kept = [(i, i) for i in range(head)] + [(head + i, head + j) for i, j in between] + [(n - k, m - k) for k in range(tail, 0, -1)]
+    kept = [*((i, i) for i in range(head)), *((head + i, head + j) for i, j in between),
+            *((n - k, m - k) for k in range(tail, 0, -1))]
     original_changed, edited_changed = [1] * n, [1] * m
     before = (-1, -1)
     for i, j in kept:
@@ -99,7 +108,7 @@ def align(original, edited, *, gaps=False):
 
 
 def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_changed=1.0, max_tokens=None):
-    """Why a pair must not be learnt from: "empty", "identical", "too long" or "changed share"; None: it may. Lengths without prompt."""
+    """Why a pair must not be learnt from ("empty", "identical", "too long", "changed share"), or None. Lengths without prompt."""
     if len(original_ids) < 2 or len(edited_ids) < 2:  # EOS alone
         return "empty"
     if original_ids == edited_ids:
@@ -128,25 +137,33 @@ def diff_row(row, tokenizer, gaps=False):
 
 # ---------------------------------------------------------------- pictures
 
-def draw(original_texts, original_changed, edited_texts, edited_changed, *, width=100, color=True):
-    """Both answers as one text for the terminal, wrapped at width: [-removed-] in red, {+added+} in green, the rest plain.
+def segments(original_texts, original_changed, edited_texts, edited_changed, blamed=()):
+    """Both answers as one text -> [kind, text] each: "-" removed, "+" added, " " in both, "~" in both but blamed for a gap.
 
-    texts: one string per token (common.token_texts). Control characters are made visible, so no answer can steer the terminal."""
-    spans, i, j = [], 0, 0  # [kind, text]
+    texts: one string per token (common.token_texts); the masks are those without gaps; blamed: the places, in the original, of
+    unchanged tokens that gaps would put into U_1 on either side."""
+    spans, i, j = [], 0, 0
     while i < len(original_texts) or j < len(edited_texts):
         if i < len(original_texts) and original_changed[i]:
             kind, text, i = "-", original_texts[i], i + 1
         elif j < len(edited_texts) and edited_changed[j]:
             kind, text, j = "+", edited_texts[j], j + 1
         else:
-            kind, text, i, j = " ", original_texts[i], i + 1, j + 1
+            kind, text, i, j = "~" if i in blamed else " ", original_texts[i], i + 1, j + 1
         if spans and spans[-1][0] == kind:
             spans[-1][1] += text
         else:
             spans.append([kind, text])
-    marks = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"), " ": ("", "", "")}
+    return spans
+
+
+def draw(original_texts, original_changed, edited_texts, edited_changed, *, blamed=(), width=100, color=True):
+    """Both answers as one text for the terminal, wrapped at width: [-removed-] red, {+added+} green, <~blamed~> yellow.
+
+    Arguments as in segments(). Control characters are made visible, so no answer can steer the terminal."""
+    marks = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"), "~": ("<~", "~>", "\033[33m"), " ": ("", "", "")}
     lines, column = [""], 0
-    for kind, text in spans:
+    for kind, text in segments(original_texts, original_changed, edited_texts, edited_changed, blamed):
         left, right, paint = marks[kind]
         for number, line in enumerate((left + plain(text) + right).split("\n")):
             if number:
@@ -161,19 +178,31 @@ def draw(original_texts, original_changed, edited_texts, edited_changed, *, widt
 
 def plain(text):
     """Text that cannot steer a terminal: control characters but the newline as their pictures"""
-    return "".join(c if c == "\n" or c.isprintable() else chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c == "\n" or c.isprintable() else chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
+                   for c in text)
 
 
 def show(cfg):
-    """Draw the first n changed pairs of an edits file"""
-    tokenizer = load_tokenizer(cfg.tokenizer)
-    rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS) if row["edited"] is not None and row["edited"] != row["original"]]
+    """The first n changed pairs of an edits file, in the terminal or as a page"""
+    check_input(cfg.data, "data", "python edit.py")
+    check_model(cfg.tokenizer, "tokenizer", "python sft.py")
+    tokenizer, pictures = load_tokenizer(cfg.tokenizer), []
+    rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS) if row["edited"] not in (None, row["original"])]
     for row in rows[:cfg.n]:
-        pair = diff_row(row, tokenizer, cfg.gaps)
-        share = changed_share(pair["original_changed"], pair["edited_changed"])
-        print(f"\n{row.get('id', '')}  {plain(row['instruction'])}  ({share:.0%} of the tokens changed)")
-        print(draw(token_texts(tokenizer, pair["original_ids"]), pair["original_changed"], token_texts(tokenizer, pair["edited_ids"]),
-                   pair["edited_changed"], color=sys.stdout.isatty()))
+        pair = diff_row(row, tokenizer)
+        (ids_l, changed_l), (ids_w, changed_w) = ((pair[f"{side}_ids"], pair[f"{side}_changed"]) for side in ("original", "edited"))
+        masks, blamed = align(ids_l, ids_w, gaps=cfg.gaps), set()
+        if cfg.gaps:  # the k-th unchanged token of one side is the k-th of the other
+            kept = ([t for t, changed in enumerate(side) if not changed] for side in (changed_l, changed_w))
+            blamed = {i for i, j in zip(*kept) if masks[0][i] or masks[1][j]}
+        title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
+        pictures.append((title, row, token_texts(tokenizer, ids_l), changed_l, token_texts(tokenizer, ids_w), changed_w, blamed))
+    if cfg.html:
+        from extras.pages import diff_page
+        return diff_page(cfg.html, cfg.data, [(title, row, segments(*pair)) for title, row, *pair in pictures], cfg.overwrite)
+    for title, row, *pair, blamed in pictures:
+        print(f"\n{plain(title)}  {plain(row['instruction'])}")
+        print(draw(*pair, blamed=blamed, width=get_terminal_size().columns, color=sys.stdout.isatty()))
 
 
 # ---------------------------------------------------------------- the stage

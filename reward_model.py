@@ -4,6 +4,7 @@
     python reward_model.py --loss=sequence data/toy/pref.jsonl    # the baseline: one reward per answer, preference pairs
     torchrun --nproc_per_node=8 reward_model.py
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl    # answers of one or two files, tokens painted by r_t
+    python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page, both answers side by side
 
 R(tau) = (1/T) sum_t r_t [1], p(w > l) = sigma(R_w - R_l) [2]. With U_0 the unchanged and U_1 the changed tokens (diff.py):
 
@@ -26,6 +27,7 @@ from common import (begin, check_input, check_model, cosine, deal, encode_prompt
                     fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step, pack,
                     progress, read_jsonl, record_of, reward_level, rows_at, save_checkpoint, save_model, say, setup, token_heads,
                     token_texts, tokenizer_hash, total, trim_logs, upcast)
+from diff import align, plain
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,13 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
 
 
 def pair_length(pair):
+    """Positions that a pair needs: its prompt and the longer answer"""
     return len(pair[0]) + max(len(pair[1]), len(pair[2]))
+
+
+def pair_cost(pair):
+    """Tokens that a pair costs: its prompt, once, and both answers"""
+    return len(pair[0]) + len(pair[1]) + len(pair[2])
 
 
 def score_pairs(model, pairs, device):
@@ -160,7 +168,7 @@ def total_rewards(r, response, loss):
 @torch.no_grad()
 def evaluate(model, pairs, cfg, device):
     """-> accuracy (a tie is half), mean margin R_w - R_l and loss over held-out pairs. All ranks."""
-    sums, lengths = torch.zeros(3, dtype=torch.float64, device=device), [pair_length(pair) for pair in pairs]
+    sums, lengths = torch.zeros(3, dtype=torch.float64, device=device), [pair_cost(pair) for pair in pairs]
     for part in deal(range(len(pairs)), lengths, cfg.micro_batch * 2):
         r_w, response_w, _, r_l, response_l, _ = score_pairs(model, [pairs[i] for i in part or [0]], device)
         margin = total_rewards(r_w, response_w, cfg.loss) - total_rewards(r_l, response_l, cfg.loss)
@@ -183,8 +191,8 @@ def main(cfg):
     tokenizer = load_tokenizer(cfg.model)
     pairs, read = read_pairs(cfg.data, "data", tokenizer, cfg.max_tokens, masks_needed=cfg.loss != "sequence")
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
-    lengths = [pair_length(pair) for pair in pairs]
-    fit_positions(cfg.model, "model", max(lengths + [pair_length(pair) for pair in held_out]))
+    lengths = [pair_cost(pair) for pair in pairs]
+    fit_positions(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], pairs=len(pairs)):
         return say(f"{cfg.out} is finished; nothing to do")
 
@@ -215,14 +223,15 @@ def main(cfg):
         lr = cfg.lr * cosine(step, steps, cfg.warmup)
         norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, pairs {batch[:8]}...")
         loss, accuracy, margin, u0, u1_w, u1_l, r_eos = (total(sums) / len(batch)).tolist()  # all ranks
+        tokens = sum(lengths[i] for i in batch)
         row = dict(step=step, loss=loss, accuracy=accuracy, margin=margin, u0=u0, u1_w=u1_w, u1_l=u1_l, r_eos=r_eos, lr=lr,
-                   grad_norm=norm, tokens=sum(2 * len(pairs[i][0]) + len(pairs[i][1]) + len(pairs[i][2]) for i in batch))
+                   grad_norm=norm, tokens=tokens, tokens_per_s=tokens / (time.time() - started))
         last = step == steps - 1
         if held_out and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             row |= evaluate(model, held_out, cfg, device)  # all ranks
         if step % cfg.log_every == 0 or last or "eval_loss" in row:
             log_metrics(cfg.out, row | dict(seconds=time.time() - started), shown=(
-                "step", "loss", "accuracy", "margin", "grad_norm", "tokens", "eval_accuracy", "seconds"))
+                "step", "loss", "accuracy", "margin", "u0", "u1_w", "u1_l", "r_eos", "grad_norm", "tokens_per_s", "eval_accuracy"))
         if (step + 1) % cfg.resume_every == 0 and not last:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
@@ -238,20 +247,13 @@ class ShowConfig:
     model: str = "out/rm"
     data: list[str] = ()            # one or two files of answers: outputs.jsonl (output), edits.jsonl (original, edited)
     n: int = 3                      # rows
+    html: str | None = None         # a page to write, instead of the terminal
     seed: int = 0                   # nothing here is random
-
-
-@torch.no_grad()
-def token_rewards(model, tokenizer, row, answer, device):
-    """r_t of one answer -> (texts of the tokens, list of r_t); a sequence model's outputs are scores of prefixes"""
-    response = encode_response(tokenizer, row[answer], eos=answer not in row.get("cut", []))
-    ids, mask, response_mask = pack([encode_prompt(tokenizer, row)], [response], device)
-    return token_texts(tokenizer, response), token_heads(model, ids, mask, response_mask)[0].tolist()
+    overwrite: bool = False         # replace a file that is no page of ours
 
 
 def paint(texts, rewards, scale):
-    """Tokens on a red (bad) to green (good) background, for a terminal of 256 colours; without colour: r_t behind the worst and best"""
-    from diff import plain
+    """Tokens on a red (bad) to green (good) background, for a terminal of 256 colours; without colour: r_t behind the strong"""
     if not sys.stdout.isatty():
         return "".join(plain(t) + (f"({r:+.1f})" if abs(r) > 0.3 * scale else "") for t, r in zip(texts, rewards))
     def level(r):  # 0..5 of the colour cube
@@ -260,25 +262,36 @@ def paint(texts, rewards, scale):
                    f"{plain(t)}\033[0m" for t, r in zip(texts, rewards))
 
 
+@torch.no_grad()
 def show(cfg):
-    """Paint the first n answers of each file by r_t, those of the same row below one another"""
+    """Paint the first n answers of each file by r_t: those of one row below one another, or side by side in a page"""
     check_model(cfg.model, "model", "python reward_model.py")
-    reward_level(cfg.model)
+    level = reward_level(cfg.model)
     for path in cfg.data or fail("show needs one or two files of answers"):
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
-    tokenizer = load_tokenizer(cfg.model)
+    files, tokenizer = [read_jsonl(path, {"instruction": str})[:cfg.n] for path in cfg.data], load_tokenizer(cfg.model)
     device, mesh, dtype = setup()
-    model = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True)
-    files = [read_jsonl(path, {"instruction": str})[:cfg.n] for path in cfg.data]
-    for number, row in enumerate(files[0]):
-        print(f"\n{row['instruction']}  {row.get('input') or ''}")
-        shown = [(f"{Path(path).parent.name}/{Path(path).name}" + f" {name}" * (name != "output"),
-                  *token_rewards(model, tokenizer, rows[number], name, device))
-                 for path, rows in zip(cfg.data, files) if number < len(rows)
-                 for name in ("output", "original", "edited") if rows[number].get(name) is not None]
-        scale = max(abs(r) for _, _, rewards in shown for r in rewards) or 1.0
-        for title, texts, rewards in shown:
-            print(f"{title}: R = {sum(rewards) / len(rewards):+.3f}\n  {paint(texts, rewards, scale)}")
+    model, rows = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True), []
+    for number, first in enumerate(files[0]):
+        answers = []  # title, R, texts of the tokens, r_t, changed: 0/1 each or None
+        for path, row in ((path, file[number]) for path, file in zip(cfg.data, files) if number < len(file)):
+            ids = {name: encode_response(tokenizer, row[name], eos=name not in row.get("cut", []))
+                   for name in ("output", "original", "edited") if row.get(name)}
+            changed = dict(zip(("original", "edited"), align(ids["original"], ids["edited"]))) if "edited" in ids else {}
+            for name, answer in ids.items():
+                r = token_heads(model, *pack([encode_prompt(tokenizer, row)], [answer], device))[0].tolist()
+                R = r[-1] if level == "sequence" else sum(r) / len(r)  # a sequence model's r_t score the prefixes
+                title = f"{Path(path).parent.name}/{Path(path).name}" + f" {name}" * (name != "output")
+                answers.append((title, R, token_texts(tokenizer, answer), r, changed.get(name)))
+        rows.append((first, answers))
+    if cfg.html:
+        from extras.pages import rewards_page
+        return rewards_page(cfg.html, cfg.model, rows, cfg.overwrite)
+    for row, answers in rows:
+        print(f"\n{plain(row['instruction'])}  {plain(row.get('input') or '')}")
+        scale = max((abs(r) for _, _, _, rewards, _ in answers for r in rewards), default=0) or 1.0
+        for title, R, texts, rewards, _ in answers:
+            print(f"{title}: R = {R:+.3f}\n  {paint(texts, rewards, scale)}")
 
 
 if __name__ == "__main__":

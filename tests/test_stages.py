@@ -146,6 +146,20 @@ def generate(model, prompt_ids, prompt_mask, **options):
     fed["generate"] = fed.get("generate", 0) + int(mask.sum())
     return response_ids, mask
 common.generate = generate
+plain_load = common.load_model
+def load_model(*args, **options):
+    model = plain_load(*args, **options)
+    def count(module, _, given):  # pairs with a shared prompt come with a mask of their own: every real token sees the prompt's first
+        mask = given["attention_mask"]
+        if mask.dim() == 4:
+            key = "pairs" + ("+grad" if torch.is_grad_enabled() else "")
+            fed[key] = fed.get(key, 0) + int(mask[:, 0, :, 0].sum())
+            if common.WORLD > 1 and not shares:
+                shares.extend([p.to_local().numel() / p.numel() for layer in model.model.layers for p in layer.parameters()
+                               if hasattr(p, "to_local")])
+    model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)
+    return model
+common.load_model = load_model
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
 runpy.run_path(script, run_name="__main__")
@@ -167,7 +181,7 @@ def test_two_ranks_are_one(world, ppo_flags, tmp_path, stage):
     run(spy, ROOT / words[0], *words[1:], f"--out={tmp_path}/two", ranks=2)
     same_metrics(tmp_path / "one" if stage == "ppo" else world / stage, tmp_path / "two", 1e-3 if stage == "ppo" else 1e-4)
     logs = [json.loads((tmp_path / f"fed{rank}").read_text()) for rank in range(2)]
-    assert set(logs[0][0]) == set(logs[1][0])
+    assert set(logs[0][0]) == set(logs[1][0]) and (stage in ("sft", "ppo") or set(logs[0][0]) == {"pairs+grad"})
     for phase in logs[0][0]:
         share = logs[0][0][phase] / (logs[0][0][phase] + logs[1][0][phase])
         assert 0.4 <= share <= 0.6, (phase, share)
@@ -209,6 +223,11 @@ def test_kill_and_run_again_equals_an_undisturbed_run(world, tmp_path, stage):
     same_metrics(tmp_path / "whole", tmp_path / "killed", 0.0)
     again = run(*words, f"--out={tmp_path}/killed")
     assert "is finished" in again.stdout
+
+
+def test_reward_model_micro_batches_change_nothing(world, tmp_path):
+    run("reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", *RM, "--micro_batch=3", f"--out={tmp_path}/rm")
+    same_metrics(world / "rm", tmp_path / "rm", 1e-4)
 
 
 def test_ppo_goes_on_to_more_steps(world, ppo_flags, tmp_path):
