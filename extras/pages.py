@@ -78,7 +78,7 @@ def rewards_page(path, model, rows, overwrite=False):
     def answer(title, R, texts, rewards, changed, scale):
         tokens = []
         for k, (text, r) in enumerate(zip(texts, rewards)):
-            shown = safe(text).replace("\n", "↵\n") if text else "∎" if k == len(texts) - 1 else ""
+            shown = safe(text).replace("\n", "↵\n")
             tone, strength = "good" if r > 0 else "bad", .75 * abs(r) / scale
             tokens.append(f'<span{" class=changed" if changed and changed[k] else ""} title="{r:+.3f}" '
                           f'style="background:rgb(var(--{tone}) / {strength:.2f})">{shown}</span>' * bool(shown))
@@ -89,5 +89,5 @@ def rewards_page(path, model, rows, overwrite=False):
         painted = "".join(answer(*one, scale) for one in answers)
         sections.append((f"{row.get('id') or number}  (deepest colour: {scale:.2f})", f"{prompt(row)}<div class=pair>{painted}</div>"))
     write_page(path, f"What each token is worth to {model}", "<span style='background:rgb(var(--bad) / .6)'>bad</span> "
-               "<span style='background:rgb(var(--good) / .6)'>good</span>, each row on its own scale; underlined: changed by the edit; "
-               "∎: the end of the answer. Point at a token for its r.", sections, overwrite)
+               "<span style='background:rgb(var(--good) / .6)'>good</span>, each row on its own scale; underlined: changed by the edit. "
+               "Point at a token for its r.", sections, overwrite)
