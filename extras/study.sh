@@ -1,69 +1,115 @@
 #!/usr/bin/env bash
 # The study of EXPERIMENTS.md: token rewards on people's edits, and the paper's 2 x 2 in the embedded world. One process at a time.
 #
-#     MODEL=SmolLM2-135M-Instruct bash extras/study.sh             # -> out/study and EXPERIMENTS.md; the model is a folder
-#     MODEL=... OUT=out/study PAIRS=480 SEEDS="0 1" bash extras/study.sh people toy tables    # these parts only
+#     MODEL=FOLDER bash extras/study.sh                     # -> out/study, then the tables of EXPERIMENTS.md
+#     MODEL=FOLDER SEEDS="0 1 2" bash extras/study.sh people tables     # these parts, with these seeds
 #
-# Interrupt it at will: the same command skips what is finished and goes on with the rest. CPU seconds are kept beside each run.
+# FOLDER holds SmolLM2-135M-Instruct or another small model. Interrupt it at will: the same command skips what is finished and goes
+# on with the rest. CPU seconds stand beside each run, in RUN.cpu.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MODEL=${MODEL:?a folder of SmolLM2-135M-Instruct, or of another small model}
 OUT=${OUT:-out/study}
 PYTHON=${PYTHON:-python}
-LAYERS=${LAYERS:-12}          # of the model's lowest decoder layers: enough to say which words people take out, at 40% of the cost
-SEEDS=${SEEDS:-0 1}           # of the order of pairs
-PAIRS=${PAIRS:-480}           # per run of the comparison
-LONG=${LONG:-8000}            # pairs of the one long run
+LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: the study is to be done on two CPU cores
+SEEDS=${SEEDS:-0 1}               # of the order of pairs
+PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
+LONG=${LONG:-6000}                # ParaDetox: pairs of the one long run
 TOY_SEEDS=${TOY_SEEDS:-11 12 13 14 15}
+PARTS=${*:-people long toy qa tables}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
-PARTS=${*:-people qa long toy tables}
 
-timed() {  # run a command; append its CPU seconds to $1/cpu.jsonl, also when it was interrupted
-    mkdir -p "$1"
+timed() {  # timed RUN python-words...: CPU seconds go to RUN.cpu.jsonl
+    mkdir -p "$(dirname "$1")"
     "$PYTHON" -c '
 import json, resource, subprocess, sys
-code = subprocess.call(sys.argv[2:])
+run, *words = sys.argv[1:]
+code = subprocess.call([sys.executable, *words])
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-with open(sys.argv[1] + ".cpu.jsonl", "a") as file:
-    file.write(json.dumps(dict(command=sys.argv[3], cpu_s=round(used.ru_utime + used.ru_stime, 1))) + "\n")
-sys.exit(code)' "$1" "$PYTHON" "${@:2}"
+print(json.dumps(dict(stage=words[0], cpu_s=round(used.ru_utime + used.ru_stime, 1))), file=open(f"{run}.cpu.jsonl", "a"))
+sys.exit(code)' "$@"
 }
-rm_and_figures() {  # out, held-out files, then reward_model.py's flags
+measured() {  # measured RUN HELD_OUT flags of reward_model.py...: a reward model and its figures; its weights are not kept
     [ -s "$1/rewards.json" ] && return
-    timed "$1" reward_model.py --out="$1" --eval_every=0 --log_every=5 "${@:3}"
-    timed "$1" evaluate.py rewards --reward_model="$1" --data="$2" --out="$1/rewards.json" --max_tokens=512 --resamples=100
+    timed "$1" reward_model.py "${@:3}" --out="$1" --log_every=5
+    timed "$1" evaluate.py rewards --reward_model="$1" --data="$2" --out="$1/rewards.json" --resamples=100
+    rm -f "$1/model.safetensors"
 }
-first() { [ -s "$3" ] || head -n "$1" "$2" > "$3"; }  # the first rows of a file: sources stand in a drawn order
+diffs() {  # diffs EDITS: both masks, with and without gaps
+    for gaps in false true; do
+        "$PYTHON" diff.py --data="$1" --tokenizer="$OUT/backbone" --gaps=$gaps --max_tokens="$2" --out="${1%/*}/diffs_$gaps.jsonl"
+    done
+}
+arms() {  # arms RUNS FOLDER HELD_OUT flags...: every loss on the same pairs, in the same order, with the same steps
+    local seed name loss anchor gaps
+    for seed in $SEEDS; do
+        while read -r name loss anchor gaps; do
+            measured "$1/seed$seed/$name" "$3" --data="$2/diffs_$gaps.jsonl" --loss="$loss" --anchor="$anchor" --seed="$seed" \
+                $RM "${@:4}" < /dev/null
+        done <<< "sequence sequence 0 false
+eq3 eq3 0 false
+eq4 eq4 0 false
+anchor_0.03 eq4 0.03 false
+anchor_0.1 eq4 0.1 false
+anchor_0.1_gaps eq4 0.1 true
+anchor_0.3 eq4 0.3 false"
+    done
+}
 
-if [ ! -s "$OUT/backbone/config.json" ]; then
+if [[ "$PARTS" =~ people|long|qa ]] && [ ! -s "$OUT/backbone/tokenizer.json" ]; then
     "$PYTHON" -c '
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=int(sys.argv[2])).save_pretrained(sys.argv[3])
-AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' "$MODEL" "$LAYERS" "$OUT/backbone"
+AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' "${MODEL:?a folder of SmolLM2-135M-Instruct}" "$LAYERS" "$OUT/backbone"
 fi
-RM="--model=$OUT/backbone --dtype=bfloat16 --batch=16 --micro_batch=16 --lr=3e-4 --warmup=0.05"
+RM="--model=$OUT/backbone --dtype=bfloat16 --batch=8 --micro_batch=8 --lr=1e-4 --warmup=0.05"
 
-arms() {  # folder of the data, folder of the runs, held-out file, more flags: every loss on the same pairs, steps and start
-    local data=$1 runs=$2 held_out=$3; shift 3
-    for seed in $SEEDS; do
-        for arm in "sequence sequence 0" "eq3 eq3 0" "eq4 eq4 0" "anchor_0.03 eq4 0.03" "anchor_0.1 eq4 0.1" "anchor_0.3 eq4 0.3" \
-                   "gaps_0.1 eq4 0.1 gaps"; do
-            set -- "$@"; read -r name loss anchor gaps <<< "$arm"
-            rm_and_figures "$runs/seed$seed/$name" "$held_out" $RM "$@" --data="$data/diffs${gaps:+_gaps}.jsonl" \
-                --loss="$loss" --anchor="$anchor" --seed="$seed"
-        done
-    done
-}
+first() { [ -s "$3" ] || { mkdir -p "${3%/*}" && sed -n "1,${1}p" "$2" > "$3"; }; }  # first N FILE OUT: its first rows
+
+P=$OUT/paradetox
+if [[ "$PARTS" =~ people|long ]]; then  # ParaDetox: the first rewrite of each comment; comments stand in a drawn order
+    "$PYTHON" data/paradetox/prepare.py ${PARADETOX:+--source="$PARADETOX"} --out="$P"
+    [ -s "$P/single.jsonl" ] || sed -n '/"id": "[^"]*-0"/p' "$P/edits_train.jsonl" > "$P/single.jsonl"
+fi
 
 for part in $PARTS; do case $part in
-people)  # ParaDetox: one rewrite of each comment to learn from, the first 250 held-out comments to test on
-    P=$OUT/paradetox
-    [ -s "$P/edits_train.jsonl" ] || "$PYTHON" data/paradetox/prepare.py ${PARADETOX:+--source=$PARADETOX} --out="$P"
-    mkdir -p "$P/few"
-    [ -s "$P/few/edits.jsonl" ] || grep -- '-0", "instruction' "$P/edits_train.jsonl" | sed -n "1,${PAIRS}p" > "$P/few/edits.jsonl"
-    first 250 "$P/edits_test.jsonl" "$P/few/test.jsonl"
-    "$PYTHON" diff.py --data="$P/few/edits.jsonl" --tokenizer="$OUT/backbone" --out="$P/few/diffs.jsonl"
-    "$PYTHON" diff.py --data="$P/few/edits.jsonl" --tokenizer="$OUT/backbone" --out="$P/few/diffs_gaps.jsonl" --gaps=true
-    arms "$P/few" "$OUT/people" "$P/few/test.jsonl" ;;
+people)  # a few pairs, tested on 200 comments of the held-out file; and what needs no reward model
+    first "$PAIRS" "$P/single.jsonl" "$OUT/few/edits.jsonl"
+    first 200 "$P/edits_test.jsonl" "$OUT/few/test.jsonl"
+    diffs "$OUT/few/edits.jsonl" 512
+    arms "$OUT/people" "$OUT/few" "$OUT/few/test.jsonl"
+    for n in "$PAIRS" "$LONG" 0; do
+        [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" --limit="$n" \
+            --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
+    done ;;
+long)  # once on many pairs, tested on the whole held-out file
+    first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
+    diffs "$OUT/many/edits.jsonl" 512
+    measured "$OUT/long/seed0/anchor_0.3" "$P/edits_test.jsonl" --data="$OUT/many/diffs_false.jsonl" --loss=eq4 --anchor=0.3 \
+        $RM --batch=16 --micro_batch=16 --lr=2e-4 ;;
+qa)  # QA-Feedback: 250 corrections to learn from, of which the ones that fit; the other questions' to test on, with marked spans
+    "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
+    mkdir -p "$OUT/qa"
+    cp "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
+    diffs "$OUT/qa/edits.jsonl" 256
+    arms "$OUT/qa" "$OUT/qa" "$OUT/qa_feedback/edits_test.jsonl" --max_tokens=256 ;;
+toy)  # the embedded world, where the truth is known: the same sequence-level loss on original and on edited pairs
+    for seed in $TOY_SEEDS; do
+        T=$OUT/toy/seed$seed; A=(config/demo.toml --seed="$seed")
+        [ -s "$T/rm_edited/rewards.json" ] && continue
+        timed "$T/data" data/toy/prepare.py "${A[@]}" --out="$T/data"
+        timed "$T/sft" sft.py "${A[@]}" --model="$T/data/model" --data="$T/data/sft.jsonl" --out="$T/sft"
+        "$PYTHON" edit.py "${A[@]}" --editor=rules --data="$T/data/pref.jsonl" --out="$T/edits.jsonl"
+        "$PYTHON" edit.py "${A[@]}" --editor=rules --data="$T/data/pref_heldout.jsonl" --out="$T/edits_heldout.jsonl"
+        "$PYTHON" diff.py "${A[@]}" --data="$T/edits.jsonl" --tokenizer="$T/sft" --out="$T/diffs.jsonl"
+        for rm in original edited; do
+            [ $rm = original ] && data=$T/data/pref.jsonl || data=$T/diffs.jsonl
+            timed "$T/rm_$rm" reward_model.py "${A[@]}" --model="$T/sft" --data="$data" --loss=sequence --out="$T/rm_$rm"
+            timed "$T/rm_$rm" evaluate.py rewards "${A[@]}" --reward_model="$T/rm_$rm" --out="$T/rm_$rm/rewards.json" \
+                --data="$T/data/pref_heldout.jsonl,$T/edits_heldout.jsonl"
+        done
+    done ;;
+tables)
+    "$PYTHON" extras/study_tables.py --data="$OUT" --out=EXPERIMENTS.md ;;
+*) echo "study.sh: the parts are people, long, toy, qa, tables; got $part" >&2; exit 2 ;;
 esac; done

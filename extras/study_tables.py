@@ -1,0 +1,147 @@
+"""The tables of EXPERIMENTS.md, from the run folders of extras/study.sh alone: metrics.jsonl, run.json, rewards.json, RUN.cpu.jsonl.
+
+    python extras/study_tables.py --data=out/study --out=EXPERIMENTS.md     # replaces what stands between the two marks
+
+Means over seeds with their standard error; where there is one seed, its value and the error over its pairs.
+"""
+import json, re, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import check_input, fail, load_config, logged, record_of, replacing, say
+from evaluate import mean_and_error
+from extras.report import pm
+
+BEGIN, END = "<!-- tables: python extras/study_tables.py -->", "<!-- end of the tables -->"
+NAMES = {"sequence": "sequence level", "eq3": "Eq. 3", "eq4": "Eq. 4", "anchor_0.03": "Eq. 4 + anchor 0.03",
+         "anchor_0.1": "Eq. 4 + anchor 0.1", "anchor_0.3": "Eq. 4 + anchor 0.3", "anchor_0.1_gaps": "Eq. 4 + anchor 0.1, gaps"}
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "out/study"
+    out: str = "EXPERIMENTS.md"
+    overwrite: bool = False
+
+
+def read_run(folder):
+    """What the tables need of one reward model's folder"""
+    cpu = Path(f"{folder}.cpu.jsonl")
+    return dict(figures=json.loads((folder / "rewards.json").read_text()), config=record_of(folder)["config"],
+                pairs=record_of(folder)["pairs"], commit=record_of(folder).get("commit"), metrics=logged(folder / "metrics.jsonl"),
+                cpu_min=sum(row["cpu_s"] for row in logged(cpu) if row["stage"] == "reward_model.py") / 60)
+
+
+def runs_of(folder):
+    """arm -> its runs, one per seed: <folder>/seed*/<arm>/rewards.json"""
+    found = {}
+    for path in sorted(Path(folder).glob("seed*/*/rewards.json")):
+        found.setdefault(path.parent.name, []).append(read_run(path.parent))
+    return found
+
+
+def over_seeds(values, errors, digits):
+    """[value per seed] -> "mean ± its standard error over seeds"; one seed: its value and its own error"""
+    if None in values or not values:
+        return "-"
+    return pm(values[0], errors[0], digits) if len(values) == 1 else pm(*mean_and_error(values), digits)
+
+
+def cell(runs, name, digits=3):
+    """A group of token figures, as in evaluate.py rewards, over the runs of an arm"""
+    groups = [(run["figures"][0].get("tokens") or {}).get(name) for run in runs]
+    if None in groups:
+        return "-"
+    return over_seeds([g["auroc"] for g in groups], [g["standard_error"] for g in groups], digits)
+
+
+def spread(runs, name):
+    """Mean r of a group, and for U_0 its standard deviation over tokens"""
+    groups = [run["figures"][0]["tokens"][name] for run in runs]
+    if any(g["mean"] is None for g in groups):
+        return "-"
+    mean = sum(g["mean"] for g in groups) / len(groups)
+    return f"{mean:+.2f}" + (f" (sd {sum(g['sd'] for g in groups) / len(groups):.2f})" if "sd" in groups[0] else "")
+
+
+def table(header, rows):
+    def line(cells):
+        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def losses(title, folder, *, spans=False):
+    """One row per loss, all on the same pairs"""
+    arms = runs_of(folder)
+    if not arms:
+        return ""
+    rows = []
+    for arm in [arm for arm in NAMES if arm in arms]:
+        runs = arms[arm]
+        first = [run["figures"][0] for run in runs]
+        rows.append([NAMES[arm], over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1),
+                     cell(runs, "removed"), cell(runs, "added"), *([cell(runs, "error_spans")] if spans else []),
+                     spread(runs, "unchanged"), spread(runs, "eos"), f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
+    seeds = sorted({len(runs) for runs in arms.values()})
+    run = next(iter(arms.values()))[0]
+    of = run["figures"][0]
+    note = (f"{run['pairs']} pairs, {1 + run['metrics'][-1]['step']} steps of {run['config']['batch']}, tested on {of['n']} others; "
+            f"seeds: {' to '.join(map(str, seeds))}; CPU minutes are those of the training alone. Longer answer wins: {of['longer_wins']:.1f}%.")
+    header = ["loss", "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []), "r on U_0", "r at EOS",
+              "CPU min"]
+    return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
+
+
+def baselines(folder):
+    """What needs no reward model, from extras/edit_baselines.py"""
+    rows = []
+    for path in sorted(Path(folder).glob("baselines_*.jsonl"), key=lambda p: int(re.search(r"\d+", p.name)[0])):
+        f, = logged(path)
+        if not rows:
+            rows.append(["spacing and capitals alone", pm(f["accuracy_surface"], f["accuracy_surface_error"]),
+                         *(pm(f[f"{side}_surface"]["auroc"], f[f"{side}_surface"]["standard_error"], 3) for side in ("removed", "added"))])
+            rows.append(["the shorter one wins", pm(f["accuracy_shorter"], f["accuracy_shorter_error"]), "-", "-"])
+            rows.append(["rare in the train file", "-", *(pm(f[f"{side}_rare"]["auroc"], f[f"{side}_rare"]["standard_error"], 3)
+                                                         for side in ("removed", "added"))])
+        rows.append([f"a bag of tokens, {f['n_train']} pairs counted", "-",
+                     *(pm(f[f"{side}_bag"]["auroc"], f[f"{side}_bag"]["standard_error"], 3) for side in ("removed", "added"))])
+        people = f.get("removed_people")
+    if rows and people:
+        rows.append([f"what others took out of the same text ({people['texts']} of the train file)", "-", f"{people['auroc']:.3f}", "-"])
+    return table(["without a reward model", "accuracy, %", "AUROC removed", "AUROC added"], rows) + "\n" if rows else ""
+
+
+def two_by_two(folder):
+    """Trained on original or edited pairs, tested on original or edited pairs"""
+    rows = []
+    for name, trained in (("rm_original", "original pairs (a quarter of the labels wrong)"), ("rm_edited", "edited pairs")):
+        runs = [read_run(path.parent) for path in sorted(Path(folder).glob(f"seed*/{name}/rewards.json"))]
+        if runs:
+            by_kind = [[f for run in runs for f in run["figures"] if f["kind"] == kind] for kind in ("preferences", "edits")]
+            rows.append([trained, *(over_seeds([f["accuracy"] for f in found], [f["standard_error"] for f in found], 1) for found in by_kind),
+                         len(runs), f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
+    header = ["trained on", "accuracy on original pairs, true labels, %", "on edited pairs, %", "seeds", "CPU min a run"]
+    return table(header, rows) + "\n" if rows else ""
+
+
+def main(cfg):
+    check_input(cfg.data, "data", "bash extras/study.sh")
+    text = Path(cfg.out).read_text(encoding="utf-8") if Path(cfg.out).exists() else f"# Experiments\n\n{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        fail(f"--out={cfg.out} has no place for the tables: it needs the lines {BEGIN} and {END}, once")
+    data = Path(cfg.data)
+    parts = [losses("ParaDetox, one long run", data / "long"), losses("ParaDetox, every loss on the same few pairs", data / "people"),
+             baselines(data / "people"), losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True)]
+    toy = two_by_two(data / "toy")
+    parts.append(f"### The embedded world: trained on x tested on, both at sequence level\n\n{toy}" if toy else "")
+    if not any(parts):
+        fail(f"--data={cfg.data} holds no finished run; make them with: bash extras/study.sh")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with replacing(cfg.out) as file:
+        file.write(f"{before}{BEGIN}\n\n" + "\n".join(part for part in parts if part) + f"\n{END}{after}")
+    say(f"{cfg.out}: {sum(bool(part) for part in parts)} tables")
+
+
+if __name__ == "__main__":
+    main(load_config(Config, "evaluate"))
