@@ -48,10 +48,10 @@ arms() {  # arms RUNS FOLDER HELD_OUT flags...: every loss on the same pairs, in
         done <<< "sequence sequence 0 false
 eq3 eq3 0 false
 eq4 eq4 0 false
-anchor_0.03 eq4 0.03 false
-anchor_0.1 eq4 0.1 false
-anchor_0.1_gaps eq4 0.1 true
-anchor_0.3 eq4 0.3 false"
+anchor_003 eq4 0.03 false
+anchor_01 eq4 0.1 false
+anchor_01_gaps eq4 0.1 true
+anchor_03 eq4 0.3 false"
     done
 }
 
@@ -85,7 +85,7 @@ people)  # a few pairs, tested on 200 comments of the held-out file; and what ne
 long)  # once on many pairs, tested on the whole held-out file
     first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
     diffs "$OUT/many/edits.jsonl" 512
-    measured "$OUT/long/seed0/anchor_0.3" "$P/edits_test.jsonl" --data="$OUT/many/diffs_false.jsonl" --loss=eq4 --anchor=0.3 \
+    measured "$OUT/long/seed0/anchor_03" "$P/edits_test.jsonl" --data="$OUT/many/diffs_false.jsonl" --loss=eq4 --anchor=0.3 \
         $RM --batch=16 --micro_batch=16 --lr=2e-4 ;;
 qa)  # QA-Feedback: 250 corrections to learn from, of which the ones that fit; the other questions' to test on, with marked spans
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
