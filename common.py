@@ -5,21 +5,14 @@ where a token counts; it comes from lengths, never from `ids == pad`. Names: pro
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
 padding around them.
 """
-import dataclasses, difflib, errno, fcntl, functools, hashlib, inspect, json, math, os, random, re, shutil, subprocess
-import sys, time, tomllib, types, typing
+import difflib, errno, functools, hashlib, inspect, json, math, os, random, re, shutil, sys, time, tomllib, types, typing
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_model_state_dict, set_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -195,121 +188,6 @@ def write_jsonl(path, rows):
             file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
 
 
-# ---------------------------------------------------------------- runs: what wrote an output, and may it go on?
-
-def record_path(out):
-    """Where a run's resolved config stands: in its folder, or beside its file"""
-    return Path(f"{out}.run.json") if Path(out).suffix else Path(out, "run.json")
-
-
-def record_of(out):
-    """The run.json of a run's output, {} if there is none"""
-    return json.loads(record_path(out).read_text()) if record_path(out).exists() else {}
-
-
-def fingerprint(path):
-    """What a run remembers of an input: a file's content; of a model's folder the run that made it, its files' sizes"""
-    path = Path(path)
-    if not path.exists():
-        return str(path)  # a name on the hub
-    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
-        if file.name in ("config.json", "run.json"):
-            digest.update(file.read_bytes())
-        elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
-
-
-LOCKS = []  # stay open until the process ends, however it ends: the kernel then drops them
-
-
-def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
-    """Take cfg.out (a folder, or a file with a suffix): lock it, compare its run.json, write ours. -> True if finished.
-
-    free: fields that cannot change the result, so that an interrupted run may go on with other values. inputs: files
-    and folders read, whose content is compared too; beside: names that may stand in out already. Another config,
-    another's lock or a stranger's files end the run. Rank 0 decides; torchrun ends the others."""
-    out, is_file = Path(cfg.out), bool(Path(cfg.out).suffix)
-    old = {} if cfg.overwrite else record_of(out)
-    if RANK > 0:
-        return bool(old.get("finished"))
-    record_path(out).parent.mkdir(parents=True, exist_ok=True)
-    LOCKS.append(open(record_path(out).with_suffix(".lock"), "w"))
-    try:
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is writing {out}; wait for it, or choose another --out")
-
-    config = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    seen = {str(path): fingerprint(path) for path in inputs}
-    if cfg.overwrite and is_file:
-        out.unlink(missing_ok=True)
-    elif cfg.overwrite:  # only what a run of ours leaves in a folder
-        for file in (out / name for name in ("metrics.jsonl", "samples.jsonl", "config.json")):
-            file.unlink(missing_ok=True)
-        for folder in (*out.glob("checkpoint_*"), *out.glob("step_*")):
-            shutil.rmtree(folder)
-    elif not old and (out.is_file() or any(f.suffix != ".lock" and f.name not in beside for f in out.glob("*"))):
-        fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it: --overwrite=true")
-    elif old:
-        differs = [f"{name}: {old['config'].get(name)!r} then, {value!r} now" for name, value in config.items()
-                   if name not in (*free, "overwrite", "out") and old["config"].get(name) != value]
-        differs += [f"the content of {path}" for path in seen if old["inputs"].get(path) != seen[path]]
-        if differs:
-            fail(f"{out} is another config's ({'; '.join(differs)}); choose another --out, or start anew with "
-                 "--overwrite=true")
-        if old["finished"]:
-            return True
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    record = dict(config=config, inputs=seen, **facts, finished=False, command=" ".join(sys.argv),
-                  commit=git("rev-parse", "--short", "HEAD"), dirty=bool(git("status", "--porcelain")),
-                  torch=torch.__version__, transformers=transformers.__version__, world_size=WORLD,
-                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    with replacing(record_path(out)) as file:
-        json.dump(record, file, indent=1)
-    return False
-
-
-def finish(cfg, *, keep_checkpoint=True, **facts):
-    """Mark the run as finished in its run.json (rank 0). keep_checkpoint=False: its model stays, not its optimizer"""
-    if RANK == 0:
-        record = record_of(cfg.out) | facts | {"finished": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with replacing(record_path(cfg.out)) as file:
-            json.dump(record, file, indent=1)
-        for folder in Path(cfg.out).glob("checkpoint_*") if not keep_checkpoint else ():
-            shutil.rmtree(folder)
-
-
-def progress(steps, name, count):
-    """tqdm on rank 0, counted from the start of the run, not of this process"""
-    return tqdm(steps, name, count, initial=count - len(steps), disable=True if RANK else None, mininterval=1,
-                dynamic_ncols=True)
-
-
-def log_metrics(out, row, shown=None):
-    """One object in metrics.jsonl and one printed line (of the fields shown; None: all) per step (rank 0)"""
-    if RANK == 0:
-        with open(Path(out, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        say(" | ".join(f"{name} {row[name]:.4g}" for name in shown or row if name in row))
-
-
-def logged(path):
-    """The rows of a metrics.jsonl or samples.jsonl, [] without one; the torn last line of a killed run is left out"""
-    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
-
-
-def trim_logs(out, done):
-    """Drop what an interrupted run logged after its last checkpoint: those steps are done again (rank 0)"""
-    for path in (Path(out, "metrics.jsonl"), Path(out, "samples.jsonl")):
-        if RANK == 0 and path.exists():
-            write_jsonl(path, [row for row in logged(path) if row["step"] < done])
-
-
 # ---------------------------------------------------------------- text and tokens
 
 PROMPT = ("Below is an instruction that describes a task. "
@@ -409,6 +287,7 @@ def setup(dtype="auto"):
     elif WORLD == 1 and compute == torch.float32:
         return device, None, compute
     lonely = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # without torchrun
+    from torch.distributed.device_mesh import init_device_mesh  # here, as FSDP's: a second of every start without it
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **lonely)
     node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # several machines: shard inside one, replicate across (HSDP)
     shape, names = ((WORLD // node, node), ("replicate", "shard")) if node < WORLD else ((WORLD,), ("shard",))
@@ -484,6 +363,8 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if mesh:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -502,7 +383,7 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
 
 
 def sharded_parts(model):
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if hasattr(module, "unshard")]  # FSDP's
 
 
 @contextmanager
@@ -526,6 +407,7 @@ def save_model(model, tokenizer, out, dtype, *, sequence=False):
     """A Hugging Face folder that anything loads; config.json comes last and makes it valid. All ranks.
 
     sequence: named ...ForSequenceClassification. That class pools the last id that is not pad: pad must not be eos."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if RANK == 0:
         if model.config.tie_word_embeddings:
@@ -545,51 +427,6 @@ def save_model(model, tokenizer, out, dtype, *, sequence=False):
             os.replace(file, Path(out, file.name))
         folder.rmdir()
     barrier()
-
-
-# ---------------------------------------------------------------- checkpoints: what a killed run goes on from
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def training_state(models, optimizer):
-    """-> weights, optimizer state, and the tensors of both that a checkpoint holds: of tied weights one. All ranks."""
-    weights, moments = get_state_dict(models, optimizer, options=FLAT)
-    own = {name for name, _ in models.named_parameters()}  # a tied weight has its first name here
-    return weights, moments, {k: v for k, v in {**weights, **moments}.items()
-                              if isinstance(v, torch.Tensor) and (k in own or k in moments)}
-
-
-def save_checkpoint(out, step, models, optimizer):
-    """<out>/checkpoint_<step>/: weights and Adam's moments as safetensors, each rank its shard; the earlier one goes.
-
-    Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's
-    default format is not used: it unpickles.) All ranks."""
-    final, temporary = Path(out, f"checkpoint_{step}"), Path(out, "checkpoint.tmp")
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
-    dcp.save(training_state(models, optimizer)[2], no_dist=not dist.is_initialized(),
-             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=WORLD > 1))
-    if RANK == 0:
-        os.replace(temporary, final)
-        for folder in Path(out).glob("checkpoint_*"):
-            if folder != final:
-                shutil.rmtree(folder)
-    barrier()
-
-
-def load_checkpoint(out, models, optimizer):
-    """Fill models and optimizer from the newest checkpoint -> the steps it has done, 0 without one. All ranks."""
-    step = max((int(folder.name.split("_")[1]) for folder in Path(out).glob("checkpoint_*")), default=0)
-    if step:
-        weights, moments, tensors = training_state(models, optimizer)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(out, f"checkpoint_{step}"))),
-                 no_dist=not dist.is_initialized())
-        set_state_dict(models, optimizer, options=FLAT,  # of tied weights both names are filled
-                       model_state_dict={k: tensors.get(k, w) for k, w in weights.items()},
-                       optim_state_dict={k: tensors.get(k, m) for k, m in moments.items()})
-    return step
 
 
 # ---------------------------------------------------------------- forward: every shift by one is done here, once

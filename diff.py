@@ -16,8 +16,8 @@ import json, sys
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
-from common import (begin, check_input, check_model, encode_prompt, encode_response, fail, finish, load_config,
-                    load_tokenizer, read_jsonl, replacing, say, token_texts, tokenizer_hash)
+from common import (check_input, check_model, encode_prompt, encode_response, fail, load_config, load_tokenizer,
+                    read_jsonl, replacing, say, token_texts, tokenizer_hash)
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,7 @@ EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str, 
 
 
 def main(cfg):
+    from extras.runs import begin, finish
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py")
     rows = read_jsonl(cfg.data, EDIT_FIELDS)

@@ -23,9 +23,9 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, barrier, begin, check_input, check_model, decode_response, encode_prompt,
-                    encode_response, fail, finish, fit_positions, generate, load_config, load_model, load_tokenizer,
-                    logged, pack, progress, read_jsonl, reward_level, row_uniforms, say, setup, unsharded, write_jsonl)
+from common import (RANK, WORLD, barrier, check_input, check_model, decode_response, encode_prompt, encode_response,
+                    fail, fit_positions, generate, load_config, load_model, load_tokenizer, pack, read_jsonl,
+                    reward_level, row_uniforms, say, setup, unsharded, write_jsonl)
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def tell(figures, indent=""):
 # ---------------------------------------------------------------- decode
 
 def decode(cfg):
+    from extras.runs import begin, finish, logged, progress
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1:
@@ -260,6 +261,7 @@ def judge_request(cfg, pair, first):
 
 
 def judge(cfg):
+    from extras.runs import begin, finish, logged
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
     check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     if cfg.orders not in (1, 2) or Path(cfg.out).suffix != ".jsonl":

@@ -21,11 +21,10 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, begin, check_input, check_model, deal, encode_prompt, epoch_order, fail, finish,
-                    fit_positions, generate, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics,
-                    logged, optimizer_step, pack, progress, read_jsonl, record_of, reward_level, row_uniforms,
-                    rows_at, save_checkpoint, save_model, say, setup, token_heads, token_logprobs, tokenizer_hash,
-                    total, trim_logs, unsharded)
+from common import (RANK, WORLD, check_input, check_model, deal, encode_prompt, epoch_order, fail, fit_positions,
+                    generate, load_config, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, reward_level,
+                    row_uniforms, rows_at, save_model, say, setup, token_heads, token_logprobs, tokenizer_hash, total,
+                    unsharded)
 
 
 @dataclass(frozen=True)
@@ -296,12 +295,15 @@ def stop_if_told(cfg, step, saved, models, optimizer, device):
     """SIGTERM to any rank: keep the state after `step` steps (unless it is saved already) and go. All ranks."""
     if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
         if step != saved:
+            from extras.checkpoints import save_checkpoint
             save_checkpoint(cfg.out, step, models, optimizer)
         say(f"SIGTERM: stopped after {step} steps; the same command goes on from there")
         raise SystemExit(128 + signal.SIGTERM)
 
 
 def main(cfg):
+    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.runs import begin, finish, log_metrics, logged, progress, record_of, trim_logs
     from extras import watch  # what one sees beside the numbers: alarms, samples, wandb
     if cfg.plan:
         from extras.plan import show_plan

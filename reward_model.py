@@ -23,10 +23,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (begin, check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, finish,
-                    fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step, pack,
-                    progress, read_jsonl, record_of, reward_level, rows_at, save_checkpoint, save_model, say, setup, token_heads,
-                    token_texts, tokenizer_hash, total, trim_logs, upcast)
+from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
+                    load_config, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, reward_level, rows_at,
+                    save_model, say, setup, token_heads, token_texts, tokenizer_hash, total, upcast)
 from diff import align, plain
 
 
@@ -101,6 +100,7 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
     """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1, and the number of rows read.
 
     A pref file has no U_1: its masks are all 1, and Eq. 3 and 4 refuse it. Diffs of another tokenizer are refused."""
+    from extras.runs import record_of
     ids = {name: list for name in ("prompt_ids", "edited_ids", "original_ids", "edited_changed", "original_changed")}
     if "edited_ids" in read_jsonl(path, {})[0]:
         if not record_of(path):
@@ -181,6 +181,8 @@ def evaluate(model, pairs, cfg, device):
 # ---------------------------------------------------------------- the stage
 
 def main(cfg):
+    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
     check_input(cfg.data, "data", "python edit.py, then python diff.py")

@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from common import (begin, check_input, check_model, cosine, deal, encode_prompt, encode_response, fail,
-                    finish, fit_positions, load_checkpoint, load_config, load_model, load_tokenizer, log_metrics, optimizer_step,
-                    pack, progress, read_jsonl, rows_at, save_checkpoint, save_model, say, setup, token_logprobs, total, trim_logs)
+from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
+                    load_config, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, rows_at, save_model, say,
+                    setup, token_logprobs, total)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Config:
 
 
 def main(cfg):
+    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Hugging Face model")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")

@@ -3,7 +3,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from common import logged, progress, say, write_jsonl
+from common import say, write_jsonl
+from extras.runs import logged, progress
 from edit import ask_claude, dollars, stopping
 from evaluate import parse_verdict
 

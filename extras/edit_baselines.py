@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_input, encode_response, fail, load_config, load_tokenizer, read_jsonl, say, token_texts, write_jsonl
+from common import (check_input, encode_response, fail, load_config, load_tokenizer, read_jsonl, say, token_texts,
+                    write_jsonl)
 from diff import EDIT_FIELDS, align
 from evaluate import mean_and_error
 from extras.reward_figures import auroc, token_auroc

@@ -16,7 +16,8 @@ in report_page.py.
 import html, json, re, statistics
 from pathlib import Path
 
-from common import check_input, fail, logged, record_of, replacing, say
+from common import check_input, fail, replacing, say
+from extras.runs import logged, record_of
 from diff import plain
 from evaluate import mean_and_error, paired, read_annotations, win_rate
 

@@ -3,7 +3,7 @@
 No script, nothing from outside, light and dark; all text that a model or a person wrote goes through safe()."""
 import json, math, statistics
 
-from common import record_of
+from extras.runs import record_of
 from evaluate import mean_and_error
 from extras.report import MARK, ORDER, arms, as_html, checkpoints, pm, safe
 

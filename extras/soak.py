@@ -20,6 +20,7 @@ PPO = ("--steps=48 --rollout_batch=16 --rollout_micro_batch=4 --score_micro_batc
 def run(log, phase, skip, calls):
     """ppo.py with its arguments; kill -9 at the calls-th call in a phase, after `skip` of them. "none": only count"""
     import common, ppo
+    from extras import checkpoints
     def tell(*words):
         if phase != "other rank":
             os.write(log_file, (" ".join(map(str, words)) + "\n").encode())
@@ -51,15 +52,15 @@ def run(log, phase, skip, calls):
             return result
         return wrapped
 
-    def save_checkpoint(*args, save=ppo.save_checkpoint):  # the rename begins where the write has ended
+    def save_checkpoint(*args, save=checkpoints.save_checkpoint):  # the rename begins where the write has ended
         save(*args)
         ends("rename")
 
-    def write(*args, save=common.dcp.save, **kwargs):
+    def write(*args, save=checkpoints.dcp.save, **kwargs):
         inside("checkpoint", save)(*args, **kwargs)
         begins("rename")
 
-    common.dcp.save, ppo.save_checkpoint = write, save_checkpoint
+    checkpoints.dcp.save, checkpoints.save_checkpoint = write, save_checkpoint
     ppo.roll_out, ppo.update = inside("rollout", ppo.roll_out), inside("update", ppo.update)
     ppo.save_model = inside("model folder", ppo.save_model)
     ppo.main(common.load_config(ppo.Config))

@@ -9,6 +9,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common
+from extras import runs
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
         overwrite: bool = False
     (tmp_path / "in.jsonl").write_text("a")
     def release():  # what the end of a process does
-        while common.LOCKS:
-            common.LOCKS.pop().close()
+        while runs.LOCKS:
+            runs.LOCKS.pop().close()
     def begin(**fields):
-        return common.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
+        return runs.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
     assert begin() is False
     mistake(capsys, begin, "another run is writing")
     release()
-    common.finish(Run(f"{tmp_path}/out"))
+    runs.finish(Run(f"{tmp_path}/out"))
     assert begin(micro_batch=8) is True
     release()
     mistake(capsys, lambda: begin(lr=2.0), "lr: 1.0 then, 2.0 now", "--overwrite=true")
@@ -116,7 +117,7 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
     release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    mistake(capsys, lambda: common.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
+    mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
     release()
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common, diff, edit
+from extras import runs
 from claude_standin import Standin, mended
 from extras import edit_page, edit_stats
 
@@ -37,8 +38,8 @@ def setting(monkeypatch, tmp_path):
 
 
 def release_locks():
-    while common.LOCKS:
-        common.LOCKS.pop().close()
+    while runs.LOCKS:
+        runs.LOCKS.pop().close()
 
 
 def pairs(n, text="teh answer {i} is wrong."):

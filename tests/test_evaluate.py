@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import common, evaluate
+from extras import runs
 from claude_standin import Standin
 from common import decode_response, encode_prompt, encode_response, load_tokenizer, row_uniforms
 from conftest import ROOT, rows_of, run
@@ -25,7 +26,7 @@ def write(path, rows):
 def here(word, *flags, ok=True, **env):
     """evaluate.py <word> <flags> in this process, which saves the seconds that importing takes -> returncode, stdout, stderr"""
     out, err, code, hook = io.StringIO(), io.StringIO(), 0, sys.excepthook
-    common.LOCKS.clear()  # as if the process before had ended
+    runs.LOCKS.clear()  # as if the process before had ended
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict(os.environ, env):
         try:
             function, Config = evaluate.WORDS[word]

@@ -6,6 +6,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import common, diff, ppo, reward_model
+from extras import runs
 
 GARBAGE = float("nan")
 
@@ -345,9 +346,9 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "\n")[0])  # a model of 5 steps says it, at times
     monkeypatch.setattr(ppo, "load_tokenizer", lambda path: tokenizer)
     ppo.main(cfg)
-    while common.LOCKS:
-        common.LOCKS.pop().close()
-    (models, rollout, lr, optimizer), logged = caught[0], common.logged(tmp_path / "out/metrics.jsonl")
+    while runs.LOCKS:
+        runs.LOCKS.pop().close()
+    (models, rollout, lr, optimizer), logged = caught[0], runs.logged(tmp_path / "out/metrics.jsonl")
     reference, rm = LlamaForCausalLM.from_pretrained(world / "sft").eval(), LlamaForTokenClassification.from_pretrained(world / "rm").eval()
     models.eval()
     rows = []
@@ -405,12 +406,12 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, a
     cfg = reward_model.Config(model=f"{world}/sft", data=f"{world}/{data}", eval_data=held_out, out=f"{tmp_path}/out", loss=loss, anchor=anchor, epochs=2,
                               batch=14, micro_batch=3, lr=2e-3, warmup=0.4, max_tokens=22, max_grad_norm=0.5, seed=2)
     reward_model.main(cfg)
-    while common.LOCKS:
-        common.LOCKS.pop().close()
+    while runs.LOCKS:
+        runs.LOCKS.pop().close()
     tokenizer, names = common.load_tokenizer(world / "sft"), ("edited_ids", "original_ids", "edited_changed", "original_changed")
 
     def read(path):
-        for row in common.logged(path):
+        for row in runs.logged(path):
             if "edited_ids" in row:
                 yield row["prompt_ids"], *(row[name] for name in names)
             else:
@@ -428,7 +429,7 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, a
     def margin(pair, r_w, r_l):
         return r_w[-1] - r_l[-1] if loss == "sequence" else r_w.mean() - r_l.mean()
     steps = -(-2 * len(pairs) // 14)
-    for step, row in zip(range(steps), common.logged(tmp_path / "out/metrics.jsonl"), strict=True):
+    for step, row in zip(range(steps), runs.logged(tmp_path / "out/metrics.jsonl"), strict=True):
         batch = common.rows_at(step * 14, min(step * 14 + 14, 2 * len(pairs)), len(pairs), 2)
         figures, whole = [], 0.0
         for i in batch:

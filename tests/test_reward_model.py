@@ -10,6 +10,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForTokenClassification
 
 import common, reward_model
+from extras import runs
 from conftest import rows_of, run
 from data.paradetox import prepare as paradetox
 from data.qa_feedback import prepare as qa_feedback
@@ -118,7 +119,7 @@ shit , no\tno\tNo\tOh no
 
 
 def prepared(module, **options):
-    common.LOCKS.clear()
+    runs.LOCKS.clear()
     module.main(module.Config(**options))
 
 
@@ -200,7 +201,7 @@ def test_bag_of_tokens_finds_what_was_always_removed(world, tmp_path):
     common.write_jsonl(tmp_path / "train.jsonl", [row(0, "apple\nbear", "apple\npear"), row(1, "bear\nplum", "tea\nplum"),
                                                   row(2, "apple\nbear", "apple\nplum")])
     common.write_jsonl(tmp_path / "test.jsonl", [row(3, "plum\nbear", "plum\napple")])
-    common.LOCKS.clear()
+    runs.LOCKS.clear()
     edit_baselines.main(edit_baselines.Config(train=str(tmp_path / "train.jsonl"), data=str(tmp_path / "test.jsonl"),
                                               tokenizer=f"{world}/sft", out=str(tmp_path / "figures.jsonl"), resamples=2))
     (figures,) = rows_of(tmp_path / "figures.jsonl")

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, rows_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import PROMPT, decode_response, encode_prompt, encode_response, load_config, write_jsonl
+from common import decode_response, encode_prompt, encode_response, load_config, PROMPT, write_jsonl
 from data.toy.prepare import (CATEGORIES, CLOSING, HARMLESS, ITEMS, NUMBERS, OCCASIONS, RUDE, VERBS, Config, gold, main,
                               mend, write_answer, write_pairs)
 from extras.bag_of_tokens import count_differences, fit

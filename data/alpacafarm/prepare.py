@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import begin, fail, finish, fits, load_config, say, write_jsonl
+from common import fail, fits, load_config, say, write_jsonl
+from extras.runs import begin, finish
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""What a killed run goes on from: weights and Adam's moments, as torch.distributed.checkpoint writes them in safetensors.
+
+Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default format
+is not used: it unpickles.) Saved on any number of ranks, loaded on any other.
+"""
+import os, shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from common import RANK, WORLD, barrier
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def training_state(models, optimizer):
+    """-> weights, optimizer state, and the tensors of both that a checkpoint holds: of tied weights one. All ranks."""
+    weights, moments = get_state_dict(models, optimizer, options=FLAT)
+    own = {name for name, _ in models.named_parameters()}  # a tied weight has its first name here
+    return weights, moments, {k: v for k, v in {**weights, **moments}.items()
+                              if isinstance(v, torch.Tensor) and (k in own or k in moments)}
+
+
+def save_checkpoint(out, step, models, optimizer):
+    """<out>/checkpoint_<step>/: weights and Adam's moments as safetensors, each rank its shard; the earlier one goes.
+    All ranks."""
+    final, temporary = Path(out, f"checkpoint_{step}"), Path(out, "checkpoint.tmp")
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    barrier()
+    dcp.save(training_state(models, optimizer)[2], no_dist=not dist.is_initialized(),
+             storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=WORLD > 1))
+    if RANK == 0:
+        os.replace(temporary, final)
+        for folder in Path(out).glob("checkpoint_*"):
+            if folder != final:
+                shutil.rmtree(folder)
+    barrier()
+
+
+def load_checkpoint(out, models, optimizer):
+    """Fill models and optimizer from the newest checkpoint -> the steps it has done, 0 without one. All ranks."""
+    step = max((int(folder.name.split("_")[1]) for folder in Path(out).glob("checkpoint_*")), default=0)
+    if step:
+        weights, moments, tensors = training_state(models, optimizer)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(out, f"checkpoint_{step}"))),
+                 no_dist=not dist.is_initialized())
+        set_state_dict(models, optimizer, options=FLAT,  # of tied weights both names are filled
+                       model_state_dict={k: tensors.get(k, w) for k, w in weights.items()},
+                       optim_state_dict={k: tensors.get(k, m) for k, m in moments.items()})
+    return step

@@ -1,0 +1,129 @@
+"""What a run leaves of itself beside its result, so that it can be trusted and go on: the record of its config, a lock,
+metrics. The stages' main() uses it; no mathematics is in here.
+
+<out>/run.json (or <file>.run.json) is the resolved config with the inputs' fingerprints, the command, the commit and the
+versions. An interrupted run is resumed without being asked if that is the same, and refused with the differences if not.
+"""
+import dataclasses, fcntl, hashlib, json, shutil, subprocess, sys, time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from common import RANK, WORLD, fail, replacing, say, write_jsonl
+
+
+# ---------------------------------------------------------------- what wrote an output, and may it go on?
+
+def record_path(out):
+    """Where a run's resolved config stands: in its folder, or beside its file"""
+    return Path(f"{out}.run.json") if Path(out).suffix else Path(out, "run.json")
+
+
+def record_of(out):
+    """The run.json of a run's output, {} if there is none"""
+    return json.loads(record_path(out).read_text()) if record_path(out).exists() else {}
+
+
+def fingerprint(path):
+    """What a run remembers of an input: a file's content; of a model's folder the run that made it, its files' sizes"""
+    path = Path(path)
+    if not path.exists():
+        return str(path)  # a name on the hub
+    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        if file.name in ("config.json", "run.json"):
+            digest.update(file.read_bytes())
+        elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+LOCKS = []  # stay open until the process ends, however it ends: the kernel then drops them
+
+
+def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
+    """Take cfg.out (a folder, or a file with a suffix): lock it, compare its run.json, write ours. -> True if finished.
+
+    free: fields that cannot change the result, so that an interrupted run may go on with other values. inputs: files
+    and folders read, whose content is compared too; beside: names that may stand in out already. Another config,
+    another's lock or a stranger's files end the run. Rank 0 decides; torchrun ends the others."""
+    out, is_file = Path(cfg.out), bool(Path(cfg.out).suffix)
+    old = {} if cfg.overwrite else record_of(out)
+    if RANK > 0:
+        return bool(old.get("finished"))
+    record_path(out).parent.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(record_path(out).with_suffix(".lock"), "w"))
+    try:
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing {out}; wait for it, or choose another --out")
+
+    config = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    seen = {str(path): fingerprint(path) for path in inputs}
+    if cfg.overwrite and is_file:
+        out.unlink(missing_ok=True)
+    elif cfg.overwrite:  # only what a run of ours leaves in a folder
+        for file in (out / name for name in ("metrics.jsonl", "samples.jsonl", "config.json")):
+            file.unlink(missing_ok=True)
+        for folder in (*out.glob("checkpoint_*"), *out.glob("step_*")):
+            shutil.rmtree(folder)
+    elif not old and (out.is_file() or any(f.suffix != ".lock" and f.name not in beside for f in out.glob("*"))):
+        fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it: --overwrite=true")
+    elif old:
+        differs = [f"{name}: {old['config'].get(name)!r} then, {value!r} now" for name, value in config.items()
+                   if name not in (*free, "overwrite", "out") and old["config"].get(name) != value]
+        differs += [f"the content of {path}" for path in seen if old["inputs"].get(path) != seen[path]]
+        if differs:
+            fail(f"{out} is another config's ({'; '.join(differs)}); choose another --out, or start anew with "
+                 "--overwrite=true")
+        if old["finished"]:
+            return True
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    record = dict(config=config, inputs=seen, **facts, finished=False, command=" ".join(sys.argv),
+                  commit=git("rev-parse", "--short", "HEAD"), dirty=bool(git("status", "--porcelain")),
+                  torch=torch.__version__, transformers=transformers.__version__, world_size=WORLD,
+                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    with replacing(record_path(out)) as file:
+        json.dump(record, file, indent=1)
+    return False
+
+
+def finish(cfg, *, keep_checkpoint=True, **facts):
+    """Mark the run as finished in its run.json (rank 0). keep_checkpoint=False: its model stays, not its optimizer"""
+    if RANK == 0:
+        record = record_of(cfg.out) | facts | {"finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with replacing(record_path(cfg.out)) as file:
+            json.dump(record, file, indent=1)
+        for folder in Path(cfg.out).glob("checkpoint_*") if not keep_checkpoint else ():
+            shutil.rmtree(folder)
+
+
+def progress(steps, name, count):
+    """tqdm on rank 0, counted from the start of the run, not of this process"""
+    return tqdm(steps, name, count, initial=count - len(steps), disable=True if RANK else None, mininterval=1,
+                dynamic_ncols=True)
+
+
+def log_metrics(out, row, shown=None):
+    """One object in metrics.jsonl and one printed line (of the fields shown; None: all) per step (rank 0)"""
+    if RANK == 0:
+        with open(Path(out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        say(" | ".join(f"{name} {row[name]:.4g}" for name in shown or row if name in row))
+
+
+def logged(path):
+    """The rows of a metrics.jsonl or samples.jsonl, [] without one; the torn last line of a killed run is left out"""
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+    return [json.loads(line) for line in text[:text.rfind("\n") + 1].split("\n") if line]
+
+
+def trim_logs(out, done):
+    """Drop what an interrupted run logged after its last checkpoint: those steps are done again (rank 0)"""
+    for path in (Path(out, "metrics.jsonl"), Path(out, "samples.jsonl")):
+        if RANK == 0 and path.exists():
+            write_jsonl(path, [row for row in logged(path) if row["step"] < done])
