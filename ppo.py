@@ -14,8 +14,8 @@ Where we depart: the paper writes [R_1..R_n] without KL; the defaults are Alpaca
 whole batch, all ranks together. Results do not depend on micro-batches or the number of ranks (but for float noise):
 rollouts are cut into fixed groups, each row has its own draws, and optimizer batches are drawn over all rows.
 """
-import os, shutil, signal, time
-from dataclasses import asdict, dataclass
+import os, shutil, time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -215,8 +215,7 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
     rollout: prompts, responses (lists of ids), lengths, numbers (the rows' in the data file), and old_logprobs,
     old_values, advantages, returns [rows, T]."""
     parameters = optimizer.param_groups[0]["params"]  # the shards: after a forward models.parameters() may be whole
-    norms, first = [], None
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    sums, norms, first = torch.zeros(6, dtype=torch.float64, device=device), [], None
     for epoch in range(cfg.ppo_epochs):
         for batch in optimizer_batches(cfg, step, epoch):
             tokens = sum(len(rollout["responses"][row]) for row in batch)
@@ -232,7 +231,7 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
                 losses = policy_loss(logprobs, old_logprobs, advantages, mask, clip=cfg.clip)     # [B, T]
                 (losses.sum() / tokens).backward()
                 values = token_heads(models["value"], *packed, before=True)                       # all ranks
-                value_losses = value_loss(values, old_values, returns, mask, clip=cfg.value_clip)       # [B, T]
+                value_losses = value_loss(values, old_values, returns, mask, clip=cfg.value_clip) # [B, T]
                 (cfg.vf_coef * value_losses.sum() / tokens).backward()
 
                 with torch.no_grad():
@@ -240,19 +239,18 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
                     ratio, moved = log_ratio.exp(), (values - old_values).abs()
                     ratio_error = torch.max(ratio_error, (ratio - 1).abs().max())
                     value_clipped = moved > (float("inf") if cfg.value_clip is None else cfg.value_clip)
-                    k3 = ratio - 1 - log_ratio  # Schulman's low-variance estimate of KL(old, new)
-                    sums += torch.stack([x.masked_fill(~mask, 0).double().sum() for x in (
-                        losses, value_losses, (ratio - 1).abs() > cfg.clip, value_clipped, k3, ratio, mask)])
+                    seen = dict(policy_loss=losses, value_loss=value_losses, ratio=ratio, value_clipped=value_clipped,
+                                clip_fraction=(ratio - 1).abs() > cfg.clip,
+                                approx_kl=ratio - 1 - log_ratio)  # k3, Schulman's low-variance KL(old, new)
+                    sums += torch.stack([x.masked_fill(~mask, 0).double().sum() for x in seen.values()])
                     bad[part] = (~torch.isfinite((losses + value_losses).sum(1))).float()[:len(part)]
             stop_if(total(bad) > 0, "the loss is", step, rollout["numbers"], cfg)  # all ranks
             if first is None:  # before anything was updated: pi is pi_old, so the ratio must be 1
                 first = total(ratio_error, "max").item()
             rows = [rollout["numbers"][row] for row in batch[:8]]
             norms.append(optimizer_step(parameters, optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {rows}..."))
-    policy, value, clipped, value_clipped, k3, ratio, count = total(sums).tolist()  # all ranks
-    return dict(policy_loss=policy / count, value_loss=value / count, first_ratio_error=first, ratio=ratio / count,
-                clip_fraction=clipped / count, value_clipped=value_clipped / count, approx_kl=k3 / count,
-                grad_norm=sum(norms) / len(norms))
+    means = total(sums) / (cfg.ppo_epochs * sum(map(len, rollout["responses"])))  # all ranks
+    return dict(zip(seen, means.tolist())) | dict(first_ratio_error=first, grad_norm=sum(norms) / len(norms))
 
 
 # ---------------------------------------------------------------- the stage
@@ -288,23 +286,10 @@ def check(cfg):
     return tokenizer, kind
 
 
-TOLD_TO_STOP = []  # by SIGTERM
-
-
-def stop_if_told(cfg, step, saved, models, optimizer, device):
-    """SIGTERM to any rank: keep the state after `step` steps (unless it is saved already) and go. All ranks."""
-    if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
-        if step != saved:
-            from extras.checkpoints import save_checkpoint
-            save_checkpoint(cfg.out, step, models, optimizer)
-        say(f"SIGTERM: stopped after {step} steps; the same command goes on from there")
-        raise SystemExit(128 + signal.SIGTERM)
-
-
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint
     from extras.runs import begin, finish, log_metrics, logged, progress, record_of, trim_logs
-    from extras import watch  # what one sees beside the numbers: alarms, samples, wandb
+    from extras import watch  # alarms, samples, wandb, SIGTERM: what is beside the story
     if cfg.plan:
         from extras.plan import show_plan
         return show_plan(cfg)
@@ -338,12 +323,12 @@ def main(cfg):
     trim_logs(cfg.out, done)
     history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
-    signal.signal(signal.SIGTERM, lambda *_: TOLD_TO_STOP.append(True))
+    watch.listen_for_sigterm()
     say(f"{len(prompts)} prompts ({len(rows) - len(prompts)} longer than {cfg.query_len} tokens dropped), {cfg.steps} "
         f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s)", f"going on after step {done}" if done else "")
 
     for step in progress(range(done, cfg.steps), "ppo", cfg.steps):
-        stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
+        watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
         # ------------------------------------------------------------ roll out
         clock = [time.time()]
         batch = rows_at(step * cfg.rollout_batch, (step + 1) * cfg.rollout_batch, len(prompts), cfg.seed)
@@ -381,7 +366,7 @@ def main(cfg):
         if step == 0 and (words := watch.length_pressure(cfg, r, mask, ended)):
             say("ALARM:", words)
         clock.append(time.time())
-        stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks; the weights are the last step's
+        watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks; the weights are the last step's
 
         # ------------------------------------------------------------ update
         lr = learning_rate(cfg, step, len(prompts))
@@ -418,7 +403,7 @@ def main(cfg):
             save_checkpoint(cfg.out, saved := step + 1, models, optimizer)  # all ranks
 
     save_model(policy, tokenizer, cfg.out, dtype)  # all ranks
-    finish(cfg, config=asdict(cfg))
+    finish(cfg, config=vars(cfg))
     say(f"{cfg.out}: done")
 
 

@@ -1,11 +1,12 @@
-"""What one sees of a ppo.py run beside its numbers: alarms in words, samples, wandb; and the room on the disk."""
-import hashlib, json, math, resource, shutil
+"""What a ppo.py run shows beside its numbers (alarms, samples, wandb) and what it survives: SIGTERM, a small disk."""
+import hashlib, json, math, resource, shutil, signal
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from common import RANK, decode_response, fail, say, token_texts, total
+from extras.checkpoints import save_checkpoint
 
 
 def explained_variance(values, returns, mask):
@@ -102,7 +103,23 @@ def mirror(cfg):
     return lambda row: None
 
 
-# ---------------------------------------------------------------- the disk
+# ---------------------------------------------------------------- the night
+
+TOLD_TO_STOP = []
+
+
+def listen_for_sigterm():
+    signal.signal(signal.SIGTERM, lambda *_: TOLD_TO_STOP.append(True))
+
+
+def stop_if_told(cfg, step, saved, models, optimizer, device):
+    """SIGTERM to any rank: write the checkpoint of `step` steps (unless it is `saved`) and go. All ranks."""
+    if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
+        if step != saved:
+            save_checkpoint(cfg.out, step, models, optimizer)
+        say(f"SIGTERM: stopped after {step} steps; the same command goes on from there")
+        raise SystemExit(128 + signal.SIGTERM)
+
 
 def check_disk(cfg, models, dtype):
     """fail() unless there is room for what the run will write: a checkpoint (float32 weights and Adam's two moments of

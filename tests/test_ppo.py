@@ -63,7 +63,7 @@ def step_of(planted, tmp_path, monkeypatch, **fields):
         seen.update(rollout)
         return dict(first_ratio_error=0.0, clip_fraction=0.0, approx_kl=0.0, grad_norm=0.0)
     monkeypatch.setattr(ppo, "update", update)
-    monkeypatch.setattr(ppo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(watch, "listen_for_sigterm", lambda: None)
     ppo.main(ppo.Config(policy=str(planted / "policy"), reward_model=str(planted / "rm"), out=str(tmp_path / "out"),
                         data=str(planted / "prompts.jsonl"), **fields))
     tokenizer = AutoTokenizer.from_pretrained(planted / "policy")
@@ -96,6 +96,28 @@ def test_a_planted_reward_at_sequence_level_is_spread_over_the_row(planted, tmp_
     for text, ids, advantages in zip(said, rollout["responses"], rollout["advantages"].tolist()):
         R = 3 / len(ids) if "x" in text else 0.0
         assert advantages == pytest.approx([R] * len(ids) + [0.0] * (len(advantages) - len(ids)), abs=1e-6)
+
+
+def test_a_step_tells_what_it_has_seen(planted, tmp_path, monkeypatch, capsys):
+    """Three samples with their token rewards, one of them printed; alarms; b moves towards kl_target, by at most 2%"""
+    rollout, said, _, row = step_of(planted, tmp_path, monkeypatch, kl_coef=0.5, kl_target=6.0, reward_scale="fixed",
+                                    fixed_length=1000)
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [sample["output"] for sample in samples] == said[:3]
+    for sample in samples:
+        assert "".join(sample["tokens"]) in (sample["output"], sample["output"] + "</s>")
+        assert sample["token_rewards"] == pytest.approx([3.0 * (token == "x") for token in sample["tokens"]], abs=1e-5)
+    out = capsys.readouterr().out
+    assert "R = +" in out and "ALARM" not in out
+    assert row["kl_coef"] == 0.5 and row["next_kl_coef"] == pytest.approx(0.5 * 0.98)  # KL 0 is far below 6
+
+
+def test_an_alarm_is_printed(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "length_pressure", lambda *_: "each extra token pays")
+    monkeypatch.setattr(watch, "alarms", lambda cfg, history, dtype: [f"{len(history)} step"])
+    step_of(planted, tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert "ALARM: each extra token pays\n" in out and "ALARM at step 0: 1 step\n" in out
 
 
 def test_the_mean_scale_gives_R_at_the_first_token(planted, tmp_path, monkeypatch):
@@ -234,6 +256,12 @@ def test_padding_micro_batches_and_order_change_nothing(tiny, monkeypatch):
             stats_2, grads_2 = updated(ppo.Config(**(vars(cfg) | fields)), models, rollout)
         assert stats_2 == pytest.approx(stats, rel=1e-12, abs=1e-12), (fields, name)
         assert max((a - b).abs().max().item() for a, b in zip(grads, grads_2)) < 1e-13, (fields, name)
+
+
+def test_without_a_value_clip_no_value_is_clipped(tiny):
+    cfg, models, rollout = tiny
+    stats, _ = updated(ppo.Config(**(vars(cfg) | dict(value_clip=None))), models, rollout)
+    assert stats["value_clipped"] == 0 and stats["value_loss"] < updated(cfg, models, rollout)[0]["value_loss"]
 
 
 def test_padding_and_micro_batches_change_no_rollout_and_no_score(tiny, monkeypatch):

@@ -101,6 +101,10 @@ def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, 
 def test_micro_batches_change_nothing(words, whole, tmp_path):
     run(*words, f"--out={tmp_path}/out", "--micro_batch=3", "--score_micro_batch=16")
     same_metrics(whole, tmp_path / "out", 5e-4)
+    rows = rows_of(whole / "metrics.jsonl")
+    for row, following in zip(rows, rows[1:]):  # adaptive KL
+        assert row["next_kl_coef"] == following["kl_coef"] == pytest.approx(
+            row["kl_coef"] * (1 + 0.1 * max(-0.2, min(0.2, row["kl"] / 0.1 - 1))), rel=1e-9)
 
 
 def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
