@@ -325,7 +325,7 @@ def main(cfg):
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
     watch.listen_for_sigterm()
     say(f"{len(prompts)} prompts ({len(rows) - len(prompts)} longer than {cfg.query_len} tokens dropped), {cfg.steps} "
-        f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s)", f"going on after step {done}" if done else "")
+        f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s){f', {done} of them done' if done else ''}")
 
     for step in progress(range(done, cfg.steps), "ppo", cfg.steps):
         watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks

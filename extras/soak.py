@@ -28,10 +28,11 @@ def run(log, phase, skip, calls):
 
     def begins(name):
         tell("begin", name)
-        state["made"], state["armed"] = 0, phase in ("none", name) and (state["skip"] == 0 or phase == "none")
-        state["skip"] -= phase == name
-        if state["armed"]:
+        if phase == "none":
+            state["made"] = 0
+        if phase == "none" or (phase == name and state["skip"] <= 0):  # too few calls: the next one is armed too
             sys.setprofile(on_call)
+        state["skip"] -= phase == name
 
     def ends(name):
         sys.setprofile(None)
@@ -103,7 +104,8 @@ def drive(home, ranks, seed, kills):
     for k, phase in enumerate(phases):
         skip = draw.randrange(3 if phase in ("rollout", "update") else 2)
         calls = draw.randrange(1, made[phase] + 1)
-        status = start(killed, ranks, log, phase, skip, calls, victim=k % ranks)
+        victim = 0 if phase in ("rename", "model folder") else k % ranks  # those are rank 0's work
+        status = start(killed, ranks, log, phase, skip, calls, victim)
         last = log.read_text().splitlines()[-2:]
         assert last[1] == f"kill {phase} {calls}" and last[0] == f"begin {phase}", (phase, last)
         assert status == (-signal.SIGKILL if ranks == 1 else 1), status
