@@ -1,5 +1,5 @@
 """Each public function against a slow loop in float64, with garbage in the padding. pytest tests/test_math.py"""
-import copy, functools, math, random, statistics
+import copy, dataclasses, functools, math, random, statistics
 from types import SimpleNamespace
 
 import pytest, torch
@@ -207,7 +207,8 @@ def test_learning_rate_moves_as_stated():
     cfg = ppo.Config(lr=1.0, warmup_steps=5, lr_epochs=10, rollout_batch=512)
     rates = [ppo.learning_rate(cfg, k, rows=512 * 39) for k in range(391)]
     assert rates[0] == 0.2 and rates[4] == 1.0 and rates[5] == pytest.approx(1.0) and rates[390] == 0.0
-    assert rates[200] == pytest.approx(190 / 385)
+    assert rates[200] == pytest.approx(190 / 385) and ppo.learning_rate(cfg, 500, rows=512 * 39) == 0  # never below
+    assert ppo.learning_rate(dataclasses.replace(cfg, warmup_steps=0), 0, rows=512 * 39) == 1
 
 # ---------------------------------------------------------------- a step of PPO, row by row
 
