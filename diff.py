@@ -1,4 +1,4 @@
-"""Stage 2. Which tokens did the edit change? edits.jsonl -> diffs.jsonl, a row per pair of token sequences with U_0 / U_1 masks.
+"""Stage 2. Which tokens did the edit change? edits.jsonl -> diffs.jsonl: pairs of token sequences with U_0 / U_1 masks.
 
     python diff.py out/edits.jsonl --tokenizer=out/sft             # -> out/diffs.jsonl
     python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5  # pairs in the terminal: [-removed-] {+added+}
@@ -8,9 +8,10 @@ U_0, the unchanged part, is a longest common subsequence of the two token sequen
 paper writes U_0 = {t : a_t^i = a_t^j}; once something was inserted or deleted, only an alignment makes sense of that.)
 Both answers end in EOS unless the row's `cut` names them, so EOS is a token like any other and is usually in U_0.
 
-Nothing is cut to fit. Cutting both answers at one length would put untouched tokens into U_1: an insertion pushes as many
-of the edited answer's last tokens over the edge, and the original's, left without a partner, would be punished. Pairs that
-are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed edits (edited: null).
+Nothing is cut to fit. Cutting both answers at one length would put untouched tokens into U_1: an insertion pushes as
+many of the edited answer's last tokens over the edge, and the original's, left without a partner, would be punished.
+Pairs that are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed
+edits (edited: null).
 """
 import json, sys
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from common import (check_input, check_model, encode_prompt, encode_response, fa
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "out/edits.jsonl"   # rows: id, instruction, input, original (y_l), edited (y_w, or null: the edit failed)
-    tokenizer: str = "out/sft"      # folder (or hub name) of the model whose tokens count: the reward model's and the policy's
+    data: str = "out/edits.jsonl"   # rows: id, instruction, input, original (y_l), edited (y_w, or null: it failed)
+    tokenizer: str = "out/sft"      # folder (or hub name) of the model whose tokens count: reward model's and policy's
     out: str = "out/diffs.jsonl"
     gaps: bool = False              # ours, see align(): so that Eq. 4 can punish an omission
     max_tokens: int = 512           # of prompt + answer; longer pairs are dropped (the paper's preset: 512)
@@ -37,7 +38,7 @@ class Config:
 # ---------------------------------------------------------------- the alignment
 
 def lcs_length(a, b):
-    """Length of a longest common subsequence, with one bit per token of a (Hyyro 2004): a zero in v is a step of the length"""
+    """Length of a longest common subsequence, a bit per token of a (Hyyro 2004): a zero in v is a step of the length"""
     places = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
@@ -49,9 +50,9 @@ def lcs_length(a, b):
 
 
 def common_pairs(a, b, after_run=False):
-    """Index pairs (i, j), a[i] == b[j], of a longest common subsequence with as few contiguous runs as any longest one has.
+    """Index pairs (i, j), a[i] == b[j], of a longest common subsequence with as few contiguous runs as any longest has.
 
-    Dynamic programming over prefixes: best[i][j] scores a[:i] against b[:j], run[i][j] the same with a[i-1] paired to b[j-1].
+    Dynamic programming over prefixes: best[i][j] scores a[:i] against b[:j], run[i][j] the same with a[i-1] on b[j-1].
     A pair is worth MATCH, beginning a new run costs 1. An optimal path makes len(a) - L
     deletions and len(b) - L insertions, so it stays in a narrow band about the diagonal; the rest is not computed."""
     L, n, m = lcs_length(a, b), len(a), len(b)
@@ -80,13 +81,13 @@ def common_pairs(a, b, after_run=False):
 def align(original, edited, *, gaps=False):
     """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1): 1 = in U_1.
 
-    The unchanged tokens are a longest common subsequence: the common beginning and end first, between them one with as few
-    contiguous runs as there can be. Ties are decided from the end: two tokens are paired if such an alignment pairs them,
-    otherwise the original's is dropped if one can do without it. So the same texts always give the same masks.
+    The unchanged tokens are a longest common subsequence: the common beginning and end first, between them one with as
+    few contiguous runs as there can be. Ties are decided from the end: two tokens are paired if such an alignment pairs
+    them, otherwise the original's is dropped if one can do without it. The same texts always give the same masks.
 
-    gaps=True: where something was only inserted (or deleted), the side without it has no U_1, and Eq. 4 could not blame its
-    omission. Then the unchanged token that stands there counts as changed too: it is the action taken in the state in which
-    the other answer acted differently (an EOS that came too early, say)."""
+    gaps=True: where something was only inserted (or deleted), the side without it has no U_1, and Eq. 4 could not blame
+    its omission. Then the unchanged token that stands there counts as changed too: it is the action taken in the state
+    in which the other answer acted differently (an EOS that came too early, say)."""
     n, m = len(original), len(edited)
     head = 0
     while head < min(n, m) and original[head] == edited[head]:
@@ -100,7 +101,7 @@ def align(original, edited, *, gaps=False):
     original_changed, edited_changed = [1] * n, [1] * m
     before = (-1, -1)
     for i, j in kept:
-        removed, added = i - before[0] - 1, j - before[1] - 1  # tokens between this unchanged token and the one before it
+        removed, added = i - before[0] - 1, j - before[1] - 1  # tokens between this unchanged token and the last one
         original_changed[i] = int(gaps and added > 0 and removed == 0)
         edited_changed[j] = int(gaps and removed > 0 and added == 0)
         before = (i, j)
@@ -108,7 +109,8 @@ def align(original, edited, *, gaps=False):
 
 
 def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_changed=1.0, max_tokens=None):
-    """Why a pair must not be learnt from ("empty", "identical", "too long", "changed share"), or None. Lengths without prompt."""
+    """Why a pair must not be learnt from: "empty", "identical", "too long", "changed share"; None: it may.
+    max_tokens is the answers' room, without the prompt."""
     if len(original_ids) < 2 or len(edited_ids) < 2:  # EOS alone
         return "empty"
     if original_ids == edited_ids:
@@ -138,10 +140,10 @@ def diff_row(row, tokenizer, gaps=False):
 # ---------------------------------------------------------------- pictures
 
 def segments(original_texts, original_changed, edited_texts, edited_changed, blamed=()):
-    """Both answers as one text -> [kind, text] each: "-" removed, "+" added, " " in both, "~" in both but blamed for a gap.
+    """Both answers as one text -> [kind, text]s: "-" removed, "+" added, " " in both, "~" in both but blamed for a gap.
 
-    texts: one string per token (common.token_texts); the masks are those without gaps; blamed: the places, in the original, of
-    unchanged tokens that gaps would put into U_1 on either side."""
+    texts: one string per token (common.token_texts); the masks are those without gaps; blamed: the places, in the
+    original, of unchanged tokens that gaps would put into U_1 on either side."""
     spans, i, j = [], 0, 0
     while i < len(original_texts) or j < len(edited_texts):
         if i < len(original_texts) and original_changed[i]:
@@ -161,7 +163,8 @@ def draw(original_texts, original_changed, edited_texts, edited_changed, *, blam
     """Both answers as one text for the terminal, wrapped at width: [-removed-] red, {+added+} green, <~blamed~> yellow.
 
     Arguments as in segments(). Control characters are made visible, so no answer can steer the terminal."""
-    marks = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"), "~": ("<~", "~>", "\033[33m"), " ": ("", "", "")}
+    marks = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"), "~": ("<~", "~>", "\033[33m"),
+             " ": ("", "", "")}
     lines, column = [""], 0
     for kind, text in segments(original_texts, original_changed, edited_texts, edited_changed, blamed):
         left, right, paint = marks[kind]
@@ -178,8 +181,11 @@ def draw(original_texts, original_changed, edited_texts, edited_changed, *, blam
 
 def plain(text):
     """Text that cannot steer a terminal: control characters but the newline as their pictures"""
-    return "".join(c if c == "\n" or c.isprintable() else chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
-                   for c in text)
+    def shown(c):
+        if c == "\n" or c.isprintable():
+            return c
+        return chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
+    return "".join(map(shown, text))
 
 
 def show(cfg):
@@ -190,16 +196,19 @@ def show(cfg):
     rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS) if row["edited"] not in (None, row["original"])]
     for row in rows[:cfg.n]:
         pair = diff_row(row, tokenizer)
-        (ids_l, changed_l), (ids_w, changed_w) = ((pair[f"{side}_ids"], pair[f"{side}_changed"]) for side in ("original", "edited"))
+        ids_l, changed_l, ids_w, changed_w = (
+            pair[name] for name in ("original_ids", "original_changed", "edited_ids", "edited_changed"))
         masks, blamed = align(ids_l, ids_w, gaps=cfg.gaps), set()
         if cfg.gaps:  # the k-th unchanged token of one side is the k-th of the other
             kept = ([t for t, changed in enumerate(side) if not changed] for side in (changed_l, changed_w))
             blamed = {i for i, j in zip(*kept) if masks[0][i] or masks[1][j]}
+        texts_l, texts_w = (token_texts(tokenizer, ids) for ids in (ids_l, ids_w))
         title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
-        pictures.append((title, row, token_texts(tokenizer, ids_l), changed_l, token_texts(tokenizer, ids_w), changed_w, blamed))
+        pictures.append((title, row, texts_l, changed_l, texts_w, changed_w, blamed))
     if cfg.html:
         from extras.pages import diff_page
-        return diff_page(cfg.html, cfg.data, [(title, row, segments(*pair)) for title, row, *pair in pictures], cfg.overwrite)
+        pairs = [(title, row, segments(*pair)) for title, row, *pair in pictures]
+        return diff_page(cfg.html, cfg.data, pairs, cfg.overwrite)
     for title, row, *pair, blamed in pictures:
         print(f"\n{plain(title)}  {plain(row['instruction'])}")
         print(draw(*pair, blamed=blamed, width=get_terminal_size().columns, color=sys.stdout.isatty()))
@@ -233,9 +242,9 @@ def main(cfg):
             file.write(json.dumps(pair) + "\n")
         if not shares:
             fail(f"{cfg.data}: no pair is left to learn from; dropped: {dropped}")
-    say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows" + "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
-        + f"; {sum(shares) / len(shares):.1%} of the tokens changed")
-    finish(cfg, pairs=len(shares), dropped=dropped, changed_share=sum(shares) / len(shares))
+    share, counts = sum(shares) / len(shares), "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
+    say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows{counts}; {share:.1%} of the tokens changed")
+    finish(cfg, pairs=len(shares), dropped=dropped, changed_share=share)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Stage 3. The reward model r_phi(s_t, a_t): what each token is worth, learnt from pairs.
 
     python reward_model.py                                        # Eq. 4 on out/diffs.jsonl -> out/rm
-    python reward_model.py --loss=sequence data/toy/pref.jsonl    # the baseline: one reward per answer, preference pairs
+    python reward_model.py --loss=sequence data/toy/pref.jsonl    # the baseline: a reward per answer, preference pairs
     torchrun --nproc_per_node=8 reward_model.py
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl    # answers of one or two files, tokens painted by r_t
-    python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page, both answers side by side
+    python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html     # a page, pairs side by side
 
-R(tau) = (1/T) sum_t r_t [1], p(w > l) = sigma(R_w - R_l) [2]. With U_0 the unchanged and U_1 the changed tokens (diff.py):
+R(tau) = (1/T) sum_t r_t [1], p(w > l) = sigma(R_w - R_l) [2]. U_0: the unchanged, U_1: the changed tokens (diff.py).
 
-    eq3       -log sigma( sum_U0 r_w / T_w - sum_U0 r_l / T_l  +  sum_U1 r_w / T_w - sum_U1 r_l / T_l )      exact likelihood
-    eq4       -log sigma(                                         sum_U1 r_w / T_w - sum_U1 r_l / T_l )      the paper's
-    sequence  -log sigma( r_w at its last token - r_l at its last token )                                    the baseline
+    eq3       -log sigma( sum_U0 r_w / T_w - sum_U0 r_l / T_l  +  sum_U1 r_w / T_w - sum_U1 r_l / T_l )     the exact
+    eq4       -log sigma(                                         sum_U1 r_w / T_w - sum_U1 r_l / T_l )     the paper's
+    sequence  -log sigma( r_w at its last token - r_l at its last token )                                   the baseline
 
-In [3] the paper writes sum_U0 once, as if r_t were equal on both sides; it is not (the states differ behind the first edit), so
-eq3 keeps both sums. Eq. 4 never trains r_t on U_0, which PPO will sum all the same: `anchor` pulls it to 0 (ours, off by default).
+In [3] the paper writes sum_U0 once, as if r_t were equal on both sides; it is not (the states differ behind the first
+edit), so eq3 keeps both sums. Eq. 4 never trains r_t on U_0, which PPO will sum all the same: `anchor` pulls it to 0
+(ours, off by default).
 """
 import sys, time
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class Config:
 def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
     """The three terms inside Eq. 3's sigma, [B] each: u0, u1_w, u1_l; R_w - R_l = u0 + u1_w - u1_l.
 
-    r: rewards per token [B, T] (w and l may differ in T); response: mask of real tokens; changed: 1 = in U_1. What stands
-    outside the response is ignored. u0 = sum_U0 r_w / T_w - sum_U0 r_l / T_l is what Eq. 4 drops."""
+    r: rewards per token [B, T] (w and l may differ in T); response: mask of real tokens; changed: 1 = in U_1. What
+    stands outside the response is ignored. u0 = sum_U0 r_w / T_w - sum_U0 r_l / T_l is what Eq. 4 drops."""
     def mean_over(r, response, part):  # (1/T) sum over a part of the T tokens
         return r.masked_fill(~(response.bool() & part), 0).sum(1) / response.sum(1).clamp(min=1)
     u1_w, u1_l = mean_over(r_w, response_w, changed_w.bool()), mean_over(r_l, response_l, changed_l.bool())
@@ -80,7 +81,7 @@ def mean_rewards(r, response):
 
 def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss, anchor=0.0):
     """Loss of each pair [B]; arguments as in pair_terms. loss: "sequence", "eq3" [3] or "eq4" [4]. anchor adds
-    anchor * mean of r_t^2 over the U_0 tokens of both sides together (0 where there are none). ValueError: anchor with sequence."""
+    anchor * mean of r_t^2 over the U_0 tokens of both sides together, if any. ValueError: anchor with sequence."""
     if loss == "sequence":
         if anchor:
             raise ValueError("anchor pulls token rewards to 0; a sequence reward has none")
@@ -97,7 +98,7 @@ def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss,
 # ---------------------------------------------------------------- pairs
 
 def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
-    """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1, and the number of rows read.
+    """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1; the number of rows.
 
     A pref file has no U_1: its masks are all 1, and Eq. 3 and 4 refuse it. Diffs of another tokenizer are refused."""
     from extras.runs import record_of
@@ -106,17 +107,19 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
         if not record_of(path):
             fail(f"{path}: {path}.run.json, which names its tokenizer, is missing; make both with: python diff.py")
         if record_of(path)["tokenizer_hash"] != tokenizer_hash(tokenizer):
-            fail(f"--{flag}={path} was made with another tokenizer than the model's; make it again: python diff.py --tokenizer=MODEL")
+            fail(f"--{flag}={path} was made with another tokenizer than the model's; make it again: "
+                 "python diff.py --tokenizer=MODEL")
         rows = read_jsonl(path, ids)
         pairs = [tuple(row[name] for name in ids) for row in rows]
         for number, (_, w, l, changed_w, changed_l) in enumerate(pairs, 1):
             if len(w) != len(changed_w) or len(l) != len(changed_l):
                 fail(f"{path}:{number}: a mask is not as long as its ids; make the file again: python diff.py")
     elif masks_needed:
-        fail(f"--{flag}={path} has no edited_ids, so no U_1: --loss=eq3 and eq4 learn from diff.py's output (sequence takes both)")
+        fail(f"--{flag}={path} has no edited_ids, so no U_1: --loss=eq3 and eq4 learn from diff.py's output "
+             "(sequence takes both)")
     else:
-        rows = read_jsonl(path, {"instruction": str, "input": (str, type(None)), "output_1": str, "output_2": str, "preference": (1, 2)})
-        pairs = []
+        fields = {"instruction": str, "input": (str, type(None)), "output_1": str, "output_2": str}
+        rows, pairs = read_jsonl(path, fields | {"preference": (1, 2)}), []
         for row in rows:
             w, l = ("output_1", "output_2") if row["preference"] == 1 else ("output_2", "output_1")
             w, l = (encode_response(tokenizer, row[name], eos=name not in row.get("cut", [])) for name in (w, l))
@@ -136,26 +139,29 @@ def pair_cost(pair):
 
 
 def score_pairs(model, pairs, device):
-    """Both answers of each pair in one forward -> r_w, response_w, changed_w, r_l, response_l, changed_l, all [B, T]. All ranks.
+    """Both answers of each pair in one forward -> r_w, response_w, changed_w, r_l, response_l, changed_l, [B, T] each.
 
-    A prompt is computed once for all its answers: they stand behind it in one row, and a token sees the prompt and its own answer."""
+    A prompt is computed once for all its answers: they stand behind it in one row, and a token sees the prompt and what
+    goes before it in its own answer. All ranks."""
     prompts, w, l, changed_w, changed_l = zip(*pairs)
-    rows, places = {}, []  # prompt -> its row: ids, positions, branch (0: the prompt, 1..: an answer); where each answer begins
+    rows, places = {}, []  # prompt -> its row: ids, positions, branch (0: prompt, 1..: answers); where an answer begins
     for prompt, answer in zip(prompts * 2, w + l):
-        ids, positions, branches = rows.setdefault(tuple(prompt), (list(prompt), list(range(len(prompt))), [0] * len(prompt)))
-        places.append((list(rows).index(tuple(prompt)), len(ids)))
+        P, key = len(prompt), tuple(prompt)
+        ids, positions, branches = rows.setdefault(key, (list(prompt), list(range(P)), [0] * P))
+        places.append((list(rows).index(key), len(ids)))
         ids += answer
-        positions += range(len(prompt), len(prompt) + len(answer))
+        positions += range(P, P + len(answer))
         branches += [branches[-1] + 1] * len(answer)
     S, T, B = max(len(ids) for ids, _, _ in rows.values()), max(map(len, w + l)), len(pairs)
-    ids, positions, branch = (torch.tensor([row[k] + [padding] * (S - len(row[k])) for row in rows.values()], device=device)
-                              for k, padding in enumerate((0, 0, -1)))                              # [rows, S] each
-    seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])                         # [rows, S, S]: query, key
-    heads = upcast(model(input_ids=ids, attention_mask=(seen & torch.ones_like(seen).tril())[:, None], position_ids=positions,
-                         use_cache=False).logits[..., 0])                                           # [rows, S]. All ranks
-    row, start = torch.tensor(places, device=device).T[..., None]                                   # [2B, 1] each
+    ids, positions, branch = (
+        torch.tensor([row[k] + [padding] * (S - len(row[k])) for row in rows.values()], device=device)
+        for k, padding in enumerate((0, 0, -1)))                                            # [rows, S] each
+    seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])                 # [rows, S (query), S (key)]
+    seen = (seen & torch.ones_like(seen).tril())[:, None]                                   # [rows, 1, S, S]
+    heads = upcast(model(input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False).logits[..., 0])
+    row, start = torch.tensor(places, device=device).T[..., None]                           # [2B, 1] each
     t = torch.arange(T, device=device)
-    response = t < torch.tensor([[len(answer)] for answer in w + l], device=device)                 # [2B, T]
+    response = t < torch.tensor([[len(answer)] for answer in w + l], device=device)         # [2B, T]
     r = heads[row, (start + t).clamp(max=S - 1)].masked_fill(~response, 0)
     changed = torch.tensor([c + [0] * (T - len(c)) for c in changed_w + changed_l], device=device)
     return r[:B], response[:B], changed[:B], r[B:], response[B:], changed[B:]
@@ -205,7 +211,8 @@ def main(cfg):
     steps = -(-len(pairs) * cfg.epochs // cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
-    say(f"{len(pairs)} of {read} pairs fit, {steps} steps of {cfg.batch}" + (f", going on after step {done}" if done else ""))
+    going_on = f", going on after step {done}" if done else ""
+    say(f"{len(pairs)} of {read} pairs fit, {steps} steps of {cfg.batch}{going_on}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "reward model", steps):
@@ -213,8 +220,8 @@ def main(cfg):
         batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, len(pairs) * cfg.epochs), len(pairs), cfg.seed)
         sums = torch.zeros(7, dtype=torch.float64, device=device)
         for part in deal(batch, lengths, cfg.micro_batch):
-            scored = score_pairs(model, [pairs[i] for i in part or batch[:1]], device)  # nothing left: weight 0. All ranks
-            losses = pair_losses(*scored, loss=cfg.loss, anchor=cfg.anchor)                         # [B]
+            scored = score_pairs(model, [pairs[i] for i in part or batch[:1]], device)  # all ranks: none left: weight 0
+            losses = pair_losses(*scored, loss=cfg.loss, anchor=cfg.anchor)                 # [B]
             (losses.sum() / len(batch) * bool(part)).backward()  # the mean over the pairs of the whole batch
             with torch.no_grad():
                 r_w, response_w, _, r_l, response_l, _ = scored
@@ -223,17 +230,19 @@ def main(cfg):
                 terms = [losses, (margin > 0) + 0.5 * (margin == 0), margin, *pair_terms(*scored), r_eos]
                 sums += torch.stack([term.double().sum() for term in terms]) * bool(part)
         lr = cfg.lr * cosine(step, steps, cfg.warmup)
-        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, pairs {batch[:8]}...")
+        where = f"step {step}, pairs {batch[:8]}..."
+        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, where)
         loss, accuracy, margin, u0, u1_w, u1_l, r_eos = (total(sums) / len(batch)).tolist()  # all ranks
         tokens = sum(lengths[i] for i in batch)
-        row = dict(step=step, loss=loss, accuracy=accuracy, margin=margin, u0=u0, u1_w=u1_w, u1_l=u1_l, r_eos=r_eos, lr=lr,
-                   grad_norm=norm, tokens=tokens, tokens_per_s=tokens / (time.time() - started))
+        row = dict(step=step, loss=loss, accuracy=accuracy, margin=margin, u0=u0, u1_w=u1_w, u1_l=u1_l, r_eos=r_eos,
+                   lr=lr, grad_norm=norm, tokens=tokens, tokens_per_s=tokens / (time.time() - started))
         last = step == steps - 1
         if held_out and (last or cfg.eval_every and (step + 1) % cfg.eval_every == 0):
             row |= evaluate(model, held_out, cfg, device)  # all ranks
         if step % cfg.log_every == 0 or last or "eval_loss" in row:
             log_metrics(cfg.out, row | dict(seconds=time.time() - started), shown=(
-                "step", "loss", "accuracy", "margin", "u0", "u1_w", "u1_l", "r_eos", "grad_norm", "tokens_per_s", "eval_accuracy"))
+                "step", "loss", "accuracy", "margin", "u0", "u1_w", "u1_l", "r_eos", "grad_norm", "tokens_per_s",
+                "eval_accuracy"))
         if (step + 1) % cfg.resume_every == 0 and not last:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
@@ -247,7 +256,7 @@ def main(cfg):
 @dataclass(frozen=True)
 class ShowConfig:
     model: str = "out/rm"
-    data: list[str] = ()            # one or two files of answers: outputs.jsonl (output), edits.jsonl (original, edited)
+    data: list[str] = ()            # one or two files of answers: outputs.jsonl (output), edits.jsonl (both answers)
     n: int = 3                      # rows
     html: str | None = None         # a page to write, instead of the terminal
     seed: int = 0                   # nothing here is random
@@ -255,13 +264,14 @@ class ShowConfig:
 
 
 def paint(texts, rewards, scale):
-    """Tokens on a red (bad) to green (good) background, for a terminal of 256 colours; without colour: r_t behind the strong"""
+    """Tokens on red (bad) to green (good), for a terminal of 256 colours; without colour: r_t behind the strong ones"""
     if not sys.stdout.isatty():
         return "".join(plain(t) + (f"({r:+.1f})" if abs(r) > 0.3 * scale else "") for t, r in zip(texts, rewards))
-    def level(r):  # 0..5 of the colour cube
-        return min(5, round(abs(r) / scale * 5))
-    return "".join(f"\033[30;48;5;{16 + 36 * (5 if r < 0 else 5 - level(r)) + 6 * (5 if r > 0 else 5 - level(r)) + 5 - level(r)}m"
-                   f"{plain(t)}\033[0m" for t, r in zip(texts, rewards))
+
+    def background(r):
+        pale = 5 - min(5, round(abs(r) / scale * 5))  # 0..5 in the colour cube
+        return 16 + 36 * (5 if r < 0 else pale) + 6 * (5 if r > 0 else pale) + pale
+    return "".join(f"\033[30;48;5;{background(r)}m{plain(t)}\033[0m" for t, r in zip(texts, rewards))
 
 
 @torch.no_grad()
@@ -279,7 +289,8 @@ def show(cfg):
         for path, row in ((path, file[number]) for path, file in zip(cfg.data, files) if number < len(file)):
             ids = {name: encode_response(tokenizer, row[name], eos=name not in row.get("cut", []))
                    for name in ("output", "original", "edited") if row.get(name)}
-            changed = dict(zip(("original", "edited"), align(ids["original"], ids["edited"]))) if "edited" in ids else {}
+            both = "original" in ids and "edited" in ids
+            changed = dict(zip(("original", "edited"), align(ids["original"], ids["edited"]))) if both else {}
             for name, answer in ids.items():
                 r = token_heads(model, *pack([encode_prompt(tokenizer, row)], [answer], device))[0].tolist()
                 R = r[-1] if level == "sequence" else sum(r) / len(r)  # a sequence model's r_t score the prefixes

@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python}
 LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: the study is to be done on two CPU cores
 SEEDS=${SEEDS:-0 1}               # of the order of pairs
 PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
-LONG=${LONG:-6000}                # ParaDetox: pairs of the one long run
+LONG=${LONG:-3200}                # ParaDetox: pairs of the one long run
 TOY_SEEDS=${TOY_SEEDS:-11 12 13 14 15}
 PARTS=${*:-people long toy qa tables}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
@@ -62,7 +62,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=int(sys.argv[2])).save_pretrained(sys.argv[3])
 AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' "${MODEL:?a folder of SmolLM2-135M-Instruct}" "$LAYERS" "$OUT/backbone"
 fi
-RM="--model=$OUT/backbone --dtype=bfloat16 --batch=8 --micro_batch=8 --lr=1e-4 --warmup=0.05"
+RM="--model=$OUT/backbone --dtype=bfloat16 --batch=16 --micro_batch=16 --lr=1.5e-4 --warmup=0.05"
 
 first() { [ -s "$3" ] || { mkdir -p "${3%/*}" && sed -n "1,${1}p" "$2" > "$3"; }; }  # first N FILE OUT: its first rows
 
@@ -73,9 +73,9 @@ if [[ "$PARTS" =~ people|long ]]; then  # ParaDetox: the first rewrite of each c
 fi
 
 for part in $PARTS; do case $part in
-people)  # a few pairs, tested on 200 comments of the held-out file; and what needs no reward model
+people)  # a few pairs, tested on 150 comments of the held-out file; and what needs no reward model
     first "$PAIRS" "$P/single.jsonl" "$OUT/few/edits.jsonl"
-    first 200 "$P/edits_test.jsonl" "$OUT/few/test.jsonl"
+    first 150 "$P/edits_test.jsonl" "$OUT/few/test.jsonl"
     diffs "$OUT/few/edits.jsonl" 512
     arms "$OUT/people" "$OUT/few" "$OUT/few/test.jsonl"
     for n in "$PAIRS" "$LONG" 0; do
@@ -85,8 +85,8 @@ people)  # a few pairs, tested on 200 comments of the held-out file; and what ne
 long)  # once on many pairs, tested on the whole held-out file
     first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
     diffs "$OUT/many/edits.jsonl" 512
-    measured "$OUT/long/seed0/anchor_03" "$P/edits_test.jsonl" --data="$OUT/many/diffs_false.jsonl" --loss=eq4 --anchor=0.3 \
-        $RM --batch=16 --micro_batch=16 --lr=2e-4 ;;
+    measured "$OUT/long/seed0/anchor_03_gaps" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" --loss=eq4 --anchor=0.3 \
+        $RM --batch=32 --micro_batch=32 --lr=6e-5 ;;
 qa)  # QA-Feedback: 250 corrections to learn from, of which the ones that fit; the other questions' to test on, with marked spans
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
     mkdir -p "$OUT/qa"

@@ -6,6 +6,7 @@ import pytest
 
 import common, diff
 from conftest import rows_of, run
+from extras.pages import safe
 
 
 def alignments(a, b):
@@ -81,7 +82,8 @@ def test_cutting_would_blame_untouched_tokens():
 
 
 def edits(tmp_path, rows):
-    common.write_jsonl(tmp_path / "edits.jsonl", [dict(id=str(k), instruction="List fruits.", input="", **row) for k, row in enumerate(rows)])
+    common.write_jsonl(tmp_path / "edits.jsonl", [dict(id=str(k), instruction="List fruits.", input="", **row)
+                                                  for k, row in enumerate(rows)])
     return tmp_path / "edits.jsonl"
 
 
@@ -120,7 +122,7 @@ def test_speed():
 
 # ---------------------------------------------------------------- pictures
 
-PAIRS = [dict(original="apple <b>\npear\x1b[2J", edited="apple <b>\nplum &amp; \udc80pear\x1b[2J"), dict(original="apple", edited="apple\npear")]
+PAIRS = [dict(original="apple <b>\npear\x1b[2J", edited="apple <b>\nplum &amp; pear\x1b[2J"), dict(original="apple", edited="apple\npear")]
 
 
 class Text(HTMLParser):
@@ -168,7 +170,8 @@ def test_show_writes_a_page_that_holds_both_answers_as_text(world, tmp_path):
     assert "script" not in text.tags and "\x1b" not in page.read_text(encoding="utf-8") and "://" not in page.read_text(encoding="utf-8")
     original = "".join(data for tag, data in body if tag != "ins")
     edited = "".join(data for tag, data in body if tag != "del")
-    assert "apple <b>\npear␛[2J" in original and "apple <b>\nplum &amp; �pear␛[2J" in edited and ("mark" in text.tags)
+    assert "apple <b>\npear␛[2J" in original and "apple <b>\nplum &amp; pear␛[2J" in edited and ("mark" in text.tags)
+    assert safe("\udc80<\u202e") == "\N{REPLACEMENT CHARACTER}&lt;\N{REPLACEMENT CHARACTER}"
     run("diff.py", "show", edits(tmp_path, PAIRS), f"--tokenizer={world}/sft", f"--html={page}")  # a page of ours is replaced
     page.write_text("mine")
     done = run("diff.py", "show", edits(tmp_path, PAIRS), f"--tokenizer={world}/sft", f"--html={page}", ok=False)
