@@ -46,7 +46,7 @@ def alarms(cfg, history, dtype):
     if row["first_ratio_error"] > (1e-4 if dtype == torch.float32 else 1e-2):
         words.append(f"ratio != 1 at the first minibatch (off by {row['first_ratio_error']:.2g}): the update does not "
                      "compute the log-probs that the rollout was scored with; do not trust this run")
-    if row["kl"] > 10 * (cfg.kl_target or 6.0) or row["approx_kl"] > 0.5:  # 6 nats per response is AlpacaFarm's target
+    if row["kl"] > 10 * (cfg.kl_target or 6.0) or row["approx_kl"] > 0.1:  # AlpacaFarm's target is 6 nats
         before = f" (three steps ago {history[-4]['kl']:.1f})" if len(history) > 3 else ""
         words.append(f"KL exploding: {row['kl']:.1f} nats per response from the reference{before}, "
                      f"{row['approx_kl']:.2g} per token within this step's update; lower --lr, raise --kl_coef, see in "

@@ -365,6 +365,15 @@ def test_a_disk_too_small_is_told_before_the_first_step(tiny, tmp_path, monkeypa
             assert "4 model folder(s)" in capsys.readouterr().err
 
 
+def test_a_run_that_would_fill_the_disk_does_not_start(planted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(SystemExit) as end:
+        step_of(planted, tmp_path, monkeypatch)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and "has 1e-05 GB free, this run needs " in line and line.count("\n") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "run.lock"}
+
+
 def test_wandb_mirrors_the_rows_or_says_that_it_cannot(monkeypatch, capsys, tmp_path):
     sent = []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
