@@ -30,6 +30,15 @@ def spoilt(*args, before=False):
     return r
 common.rows_at, common.token_heads = counted, spoilt
 """
+TOLD_AFTER_SCORING_STEP_2 = """
+from extras import watch
+def told(*args, explained_variance=watch.explained_variance):
+    steps.append(1)
+    if len(steps) == 3 and RANK == 3:
+        watch.TOLD_TO_STOP.append(True)  # as SIGTERM does
+    return explained_variance(*args)
+watch.explained_variance = told
+"""
 RANK_1_FAILS = """
 def failing(*args):
     if RANK == 1:
@@ -108,11 +117,13 @@ def test_micro_batches_change_nothing(words, whole, tmp_path):
 
 
 def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
-    """HSDP: sharded inside a machine, replicated across; its checkpoint goes on with one rank"""
+    """HSDP: sharded inside a machine, replicated across. One rank gets SIGTERM between scoring and update; the
+    checkpoint that all write then goes on with one rank"""
     out = tmp_path / "out"
-    nodes = two_nodes(2, *words, f"--out={out}", "--steps=2")
+    nodes = two_nodes(2, broken(tmp_path / "told.py", TOLD_AFTER_SCORING_STEP_2), ROOT / words[0], *words[1:],
+                      f"--out={out}")
     said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [node.returncode for node in nodes] == [1, 1] and "SIGTERM: stopped after 2 steps" in said[0], said
     run(*words, f"--out={out}", "--steps=4")
     (tmp_path / "first").mkdir()
     (tmp_path / "first/metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4]))
