@@ -74,6 +74,7 @@ def test_paired():
     assert abs((found["high"] - found["low"]) / (2 * 1.96) - found["standard_error"]) < 0.15 * found["standard_error"]
     assert found["p_value"] < 0.001 and paired(a, a)["p_value"] == 1.0
     assert paired([0, 2], [1.5, 1])["difference"] == 50  # 0 is a draw
+    assert paired([2] * 9, [1] * 9, resamples=500)["p_value"] == 2 / 500, "no number of resamples proves that p is 0"
     swapped = paired(b, a, seed=1)
     assert (swapped["low"], swapped["high"]) == (pytest.approx(-found["high"]), pytest.approx(-found["low"]))
 
