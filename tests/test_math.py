@@ -327,42 +327,50 @@ def test_score_is_the_same_alone():
 
 STEPS = [dict(level="token", reward_scale="mean", clamp_kl=True, whiten_rewards=False, whiten_advantages=True),
          dict(level="token", reward_scale="fixed", fixed_length=7, whiten_rewards=True, whiten_advantages=False),
-         dict(level="sequence", whiten_rewards=True, whiten_advantages=True)]
+         dict(level="sequence", whiten_rewards=True, whiten_advantages=True),
+         dict(level="sequence", whiten_rewards=False, whiten_advantages=False)]
 
 
-@pytest.mark.parametrize("options", STEPS, ids=["mean", "fixed", "sequence"])
-def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize("rm, options", list(zip(("rm", "rm", "rm", "rm_sequence"), STEPS)), ids=["mean", "fixed", "R(tau)", "sequence"])
+def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, rm, options):
     """What the second step's update is given, and what is logged, against plain transformers and loops over rows"""
-    cfg = ppo.Config(policy=f"{world}/sft", reward_model=f"{world}/rm", data=f"{world}/data/prompts.jsonl", out=f"{tmp_path}/out", steps=2,
-                     rollout_batch=12, rollout_micro_batch=6, score_micro_batch=5, batch=6, micro_batch=4, ppo_epochs=1, query_len=64,
-                     response_len=8, temperature=0.8, kl_coef=0.2, kl_target=0.01, missing_eos_penalty=0.5, gamma=0.9, lam=0.8, lr=5e-3,
+    tokenizer = common.load_tokenizer(world / "sft")
+    prompt_lengths = sorted(len(common.encode_prompt(tokenizer, row)) for row in runs.logged(world / "data/prompts.jsonl"))
+    query_len = max(n for n in prompt_lengths if n < prompt_lengths[-1])  # some are too long
+    cfg = ppo.Config(policy=f"{world}/sft", reward_model=f"{world}/{rm}", data=f"{world}/data/prompts.jsonl", out=f"{tmp_path}/out", steps=2,
+                     rollout_batch=12, rollout_micro_batch=6, score_micro_batch=5, batch=6, micro_batch=4, ppo_epochs=1, query_len=query_len,
+                     response_len=20, temperature=0.8, kl_coef=0.2, kl_target=0.01, missing_eos_penalty=0.5, gamma=0.9, lam=0.8, lr=5e-3,
                      warmup_steps=2, lr_epochs=1e9, seed=3, **options)
     update, caught = ppo.update, []
 
     def spy(models, optimizer, rollout, cfg, step, lr, device):
+        if step == 0:
+            assert (rollout["old_values"] == 0).all()  # a new head
         if step == 1:
             caught.append((copy.deepcopy(models), rollout, lr, optimizer))
         return update(models, optimizer, rollout, cfg, step, lr, device)
     monkeypatch.setattr(ppo, "update", spy)
-    tokenizer = common.load_tokenizer(world / "sft")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "\n")[0])  # a model of 5 steps says it, at times
     monkeypatch.setattr(ppo, "load_tokenizer", lambda path: tokenizer)
     ppo.main(cfg)
     while runs.LOCKS:
         runs.LOCKS.pop().close()
     (models, rollout, lr, optimizer), logged = caught[0], runs.logged(tmp_path / "out/metrics.jsonl")
-    reference, rm = LlamaForCausalLM.from_pretrained(world / "sft").eval(), LlamaForTokenClassification.from_pretrained(world / "rm").eval()
+    reference, rewarder = (common.load_model(world / name, torch.device("cpu"), None, torch.float32, head=head, frozen=True)
+                           for name, head in (("sft", None), (rm, "saved")))
+    assert max(map(len, rollout["prompts"])) <= query_len < prompt_lengths[-1]
     models.eval()
     rows = []
     with torch.no_grad():
         for p, a in zip(rollout["prompts"], rollout["responses"]):
             rows.append(dict(
                 old=row_logprobs(models["policy"], p, a, 0.8).tolist(), ref=row_logprobs(reference, p, a, 0.8).tolist(),
-                r=row_heads(rm, p, a, False).tolist(), v=row_heads(models["value"], p, a, True).tolist(), ended=a[-1] == tokenizer.eos_token_id))
+                r=row_heads(rewarder, p, a, False).tolist(), v=row_heads(models["value"], p, a, True).tolist(), ended=a[-1] == tokenizer.eos_token_id))
     kl_coef = logged[1]["kl_coef"]
     assert kl_coef == pytest.approx(0.2 * (1 + 0.1 * max(-0.2, min(0.2, logged[0]["kl"] / 0.01 - 1))))  # the first step's is 0
     for row in rows:
-        T, R = len(row["r"]), sum(row["r"]) / len(row["r"])
+        T = len(row["r"])
+        R = sum(row["r"]) / T if rm == "rm" else row["r"][-1]
         rewards = row["r"][:] if cfg.level == "token" else [0.0] * (T - 1) + [R]
         rewards[-1] -= 0.5 * (not row["ended"])
         scale = {"mean": T, "fixed": 7, "sum": 1}[cfg.reward_scale]
