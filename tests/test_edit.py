@@ -433,14 +433,16 @@ def test_ctrl_c(monkeypatch, capsys, number):
         assert sum(claude.asked.values()) == 42  # the empty one at once and once more
 
 
-def test_ctrl_c_while_a_batch_is_worked_on(monkeypatch, capsys):
+@pytest.mark.parametrize("moment, made", [("create", 1), ("retrieve", 2)])
+def test_ctrl_c_while_batches_are_made_or_worked_on(monkeypatch, capsys, moment, made):
+    monkeypatch.setattr("extras.claude_batches.ROWS", 2)
     write(pairs(4))
-    with Standin(trouble=lambda action: os.kill(os.getpid(), signal.SIGINT) if action == "retrieve" else "") as claude:
+    with Standin(trouble=lambda action: os.kill(os.getpid(), signal.SIGINT) if action == moment else "") as claude:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude, batch_api=True)
-        assert stop.value.code == 130 and "4 of 4 rows are left" in capsys.readouterr().out
+        assert stop.value.code == 130 and "4 of 4 rows are left" in capsys.readouterr().out and len(claude.batches) == made
         claude.trouble = lambda action: ""
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 1
+        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 2
 
 
 def test_two_runs_at_once(monkeypatch, capsys):
@@ -534,6 +536,7 @@ def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(claude_batches, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
             run(monkeypatch, claude, batch_api=True)
+        assert [batch["id"] for batch in json.loads(Path("edits.jsonl.batches.json").read_text())] == ["msgbatch_1"]
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude)
         assert stop.value.code == 2 and "go on with --batch_api=true" in capsys.readouterr().err and not claude.most
@@ -584,12 +587,15 @@ def test_trouble_with_batches(monkeypatch, capsys):
         assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == made
 
 
-def test_death_between_making_a_batch_and_hearing_its_id(monkeypatch):
+@pytest.mark.parametrize("arrived", [True, False])
+def test_death_while_a_batch_is_sent(monkeypatch, arrived):
+    """Before its id was heard: the batch is found if it was made, and sent if it was not"""
     from extras import claude_batches
     send = claude_batches.send
 
     def die(*arguments):
-        send(*arguments)
+        if arrived:
+            send(*arguments)
         raise RuntimeError("killed")
     write(pairs(5))
     with Standin() as claude:

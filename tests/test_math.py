@@ -410,12 +410,15 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, rm, opti
 # ---------------------------------------------------------------- the reward model's training, pair by pair
 
 @pytest.mark.parametrize("loss, anchor, data", [("eq4", 0.3, "diffs.jsonl"), ("eq3", 0.0, "diffs.jsonl"), ("sequence", 0.0, "data/pref.jsonl")])
-def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, anchor, data):
+def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, monkeypatch, loss, anchor, data):
     """Every logged figure of every step, and the held-out ones at the end, against plain transformers, one answer at a time"""
     held_out = f"{world}/data/pref_heldout.jsonl"
     cfg = reward_model.Config(model=f"{world}/sft", data=f"{world}/{data}", eval_data=held_out, out=f"{tmp_path}/out", loss=loss, anchor=anchor, epochs=2,
                               batch=14, micro_batch=3, lr=2e-3, warmup=0.4, max_tokens=22, max_grad_norm=0.5, seed=2)
+    adam, made = torch.optim.AdamW, []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *words, **options: made.append(options) or adam(*words, **options))
     reward_model.main(cfg)
+    assert made == [dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)]
     while runs.LOCKS:
         runs.LOCKS.pop().close()
     tokenizer, names = common.load_tokenizer(world / "sft"), ("edited_ids", "original_ids", "edited_changed", "original_changed")
@@ -434,7 +437,7 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, a
     model = LlamaForTokenClassification.from_pretrained(world / "sft", config=config)
     torch.nn.init.zeros_(model.score.weight)
     model.model.embed_tokens.padding_idx = None
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = adam(model.parameters(), **made[0])
 
     def margin(pair, r_w, r_l):
         return r_w[-1] - r_l[-1] if loss == "sequence" else r_w.mean() - r_l.mean()
@@ -467,6 +470,13 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, loss, a
     want = dict(eval_margin=statistics.fmean(m), eval_loss=statistics.fmean(math.log1p(math.exp(-x)) for x in m),
                 eval_accuracy=statistics.fmean((x > 0) + 0.5 * (x == 0) for x in m))
     assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-2, abs=1e-3) and len(set(m)) > 5
+
+
+def test_a_tie_is_half_a_hit(world):
+    model = common.load_model(world / "rm", torch.device("cpu"), None, torch.float32, head="saved", frozen=True)
+    pair = ([1, 5, 6], [7, 8], [7, 8], [1, 1], [1, 1])
+    said = reward_model.evaluate(model, [pair], reward_model.Config(), torch.device("cpu"))
+    assert said == {"eval_accuracy": 0.5, "eval_margin": 0.0, "eval_loss": pytest.approx(math.log(2))}
 
 
 # ---------------------------------------------------------------- schedules, clipping, drawing
@@ -540,3 +550,10 @@ def test_value_loss_with_a_clip_of_zero_keeps_the_old_value():
     v, old, target = torch.tensor([[3.0]]), torch.tensor([[1.0]]), torch.tensor([[2.5]])
     assert ppo.value_loss(v, old, target, torch.tensor([[1]]), clip=0.0).item() == pytest.approx(0.5 * 1.5**2)
     assert ppo.value_loss(v, old, target, torch.tensor([[1]]), clip=None).item() == pytest.approx(0.5 * 0.5**2)
+
+
+def test_a_response_that_was_cut_keeps_its_last_token(world):
+    tokenizer = common.load_tokenizer(world / "sft")
+    for text in ("apple\npear", " two", "x"):
+        ids = common.encode_response(tokenizer, text, eos=False)
+        assert common.decode_response(tokenizer, ids) == common.decode_response(tokenizer, [*ids, tokenizer.eos_token_id]) == text
