@@ -6,12 +6,12 @@
 accuracy   which of the two answers is the edited one?
     surface     fewer spaces before punctuation; if equal, more capital letters; if equal, half right. No word is read.
     shorter     the answer with fewer tokens; equal: half right
-tokens     AUROC, as in `evaluate.py rewards`: which tokens of the original did the edit remove, which of the edited did it add?
+tokens     AUROC, as in `evaluate.py rewards`: which tokens of the original did the edit remove, which did it add?
     surface     the same, token by token: punctuation behind a space, a small letter at the beginning
     rare        how seldom the token stands in the answers of the train file
-    bag         how often the token was changed where it stood in the train file: a lexicon, the order of the tokens unread
-people     rewrites of the same text by others (rows of the train file with the same original): accuracy needs no judge, so only
-    AUROC of "the share of the other rewrites that removed this token"
+    bag         how often the token was changed where it stood in the train file: a lexicon, the order unread
+people     rewrites of one text by several people (rows of the train file with the same original): AUROC of "the share
+           of the others who removed this token"
 """
 import re, sys
 from collections import Counter, defaultdict
@@ -61,7 +61,8 @@ def won(better, worse):
 
 def careless(texts):
     """1 for a token that surface() would mend, by the token and its place alone; texts: one per token"""
-    return [float(bool(re.match(r"\s[.,!?;:']", text)) or (k == 0 and text[:1].islower())) for k, text in enumerate(texts)]
+    return [float(bool(re.match(r"\s[.,!?;:']", text)) or (k == 0 and text[:1].islower()))
+            for k, text in enumerate(texts)]
 
 
 def changes(pairs, ids, changed):
@@ -86,7 +87,7 @@ def main(cfg):
         stood, was = changes(train, ids, changed)
         share = was.total() / stood.total()
         scores = {"rare": lambda tokens: [-stood[t] for t in tokens],
-                  "bag": lambda tokens: [(was[t] + 2 * share) / (stood[t] + 2) for t in tokens],  # two tokens' worth of prior
+                  "bag": lambda tokens: [(was[t] + 2 * share) / (stood[t] + 2) for t in tokens],  # prior: two tokens
                   "surface": lambda tokens: [sign * s for s in careless(token_texts(tokenizer, tokens))]}
         for name, score in scores.items():
             tokens = [(s, bool(c), i) for i, pair in enumerate(test) for s, c in zip(score(pair[ids]), pair[changed])]
@@ -96,7 +97,8 @@ def main(cfg):
         others[l].append(changed)
     shared = [masks for masks in others.values() if len(masks) > 1]
     if shared:
-        agree = [((sum(column) - own) / (len(column) - 1), bool(own)) for masks in shared for column in zip(*masks) for own in column]
+        agree = [((sum(column) - own) / (len(column) - 1), bool(own))
+                 for masks in shared for column in zip(*masks) for own in column]
         figures["removed_people"] = dict(auroc=auroc(*map(torch.tensor, zip(*agree))), texts=len(shared))
     for name, value in figures.items():
         say(f"{name:26}{value}")

@@ -1,4 +1,4 @@
-"""`diff.py show --html=FILE` and `reward_model.py show --html=FILE`: self-contained pages, for light and dark, without scripts."""
+"""`diff.py show --html=FILE` and `reward_model.py show --html=FILE`: self-contained, light and dark, scriptless"""
 import html
 from pathlib import Path
 
@@ -46,7 +46,8 @@ def write_page(path, title, legend, sections, overwrite):
     """One page of sections (heading, its HTML); only a page of ours is ever replaced unasked"""
     if Path(path).suffix != ".html":
         fail(f"--html={path} must end in .html")
-    if Path(path).exists() and not overwrite and MARK not in Path(path).read_text(encoding="utf-8", errors="replace")[:200]:
+    old = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else MARK
+    if MARK not in old[:200] and not overwrite:
         fail(f"--html={path} is no page of show's; choose another, or replace it with --overwrite=true")
     body = "".join(f"<section><h2>{safe(heading)}</h2>{content}</section>\n" for heading, content in sections)
     with replacing(path) as file:
@@ -67,14 +68,16 @@ def diff_page(path, data, pairs, overwrite=False):
 
     def paint(kind, text):
         return f"<{tags[kind]}>{safe(text)}</{tags[kind]}>" if kind in tags else safe(text)
-    legend = "<del>removed</del> <ins>added</ins>, the rest unchanged" + (
-        "; <mark>unchanged, but blamed for a gap</mark>" if any(kind == "~" for _, _, spans in pairs for kind, _ in spans) else "")
-    write_page(path, f"What the edits changed: {data}", legend, [
-        (heading, f"{prompt(row)}<p class=text>{''.join(paint(*span) for span in spans)}</p>") for heading, row, spans in pairs], overwrite)
+    gaps = any(kind == "~" for _, _, spans in pairs for kind, _ in spans)
+    legend = ("<del>removed</del> <ins>added</ins>, the rest unchanged"
+              + "; <mark>unchanged, but blamed for a gap</mark>" * gaps)
+    sections = [(heading, f"{prompt(row)}<p class=text>{''.join(paint(*span) for span in spans)}</p>")
+                for heading, row, spans in pairs]
+    write_page(path, f"What the edits changed: {data}", legend, sections, overwrite)
 
 
 def rewards_page(path, model, rows, overwrite=False):
-    """rows: (row, answers), an answer being (title, R, texts of its tokens, r_t, changed: 0/1 each or None). Side by side, one scale a row"""
+    """rows: (row, answers), an answer being (title, R, texts of its tokens, r_t, changed: 0/1 each or None)"""
     def answer(title, R, texts, rewards, changed, scale):
         tokens = []
         for k, (text, r) in enumerate(zip(texts, rewards)):
@@ -82,12 +85,14 @@ def rewards_page(path, model, rows, overwrite=False):
             tone, strength = "good" if r > 0 else "bad", .75 * abs(r) / scale
             tokens.append(f'<span{" class=changed" if changed and changed[k] else ""} title="{r:+.3f}" '
                           f'style="background:rgb(var(--{tone}) / {strength:.2f})">{shown}</span>' * bool(shown))
-        return f"<div><h3>{safe(title)} <span class=quiet>R = {R:+.3f}</span></h3><p class='text tokens'>{''.join(tokens)}</p></div>"
+        heading = f"<h3>{safe(title)} <span class=quiet>R = {R:+.3f}</span></h3>"
+        return f"<div>{heading}<p class='text tokens'>{''.join(tokens)}</p></div>"
     sections = []
     for number, (row, answers) in enumerate(rows, 1):
         scale = max((abs(r) for _, _, _, rewards, _ in answers for r in rewards), default=0) or 1.0
         painted = "".join(answer(*one, scale) for one in answers)
-        sections.append((f"{row.get('id') or number}  (deepest colour: {scale:.2f})", f"{prompt(row)}<div class=pair>{painted}</div>"))
-    write_page(path, f"What each token is worth to {model}", "<span style='background:rgb(var(--bad) / .6)'>bad</span> "
-               "<span style='background:rgb(var(--good) / .6)'>good</span>, each row on its own scale; underlined: changed by the edit. "
-               "Point at a token for its r.", sections, overwrite)
+        heading = f"{row.get('id') or number}  (deepest colour: {scale:.2f})"
+        sections.append((heading, f"{prompt(row)}<div class=pair>{painted}</div>"))
+    legend = ("<span style='background:rgb(var(--bad) / .6)'>bad</span> <span style='background:rgb(var(--good) / .6)'>"
+              "good</span>, each row on its own scale; underlined: changed by the edit. Point at a token for its r.")
+    write_page(path, f"What each token is worth to {model}", legend, sections, overwrite)

@@ -1,4 +1,4 @@
-"""What `python evaluate.py rewards` measures: is R right, does it know when it is, and does r_t find the tokens that people changed?"""
+"""What `python evaluate.py rewards` measures: is R right, does it know it, does r_t find what people changed?"""
 import math, statistics
 from collections import Counter, defaultdict
 
@@ -10,44 +10,52 @@ from evaluate import mean_and_error
 
 
 def read_held_out(path, tokenizer, max_tokens):
-    """A file of preferences or of edits -> data, kind, pairs (row, prompt, better answer, worse answer), and why other rows were dropped"""
+    """A file of preferences or edits -> data, kind, pairs (row, prompt, better answer, worse), what was dropped"""
     kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
-    fields = {"original": str, "edited": (str, type(None))} if kind == "edits" else {"output_1": str, "output_2": str, "preference": (1, 2)}
+    fields = {"original": str, "edited": (str, type(None))} if kind == "edits" else {
+        "output_1": str, "output_2": str, "preference": (1, 2)}
     pairs, dropped = [], Counter()
     for row in read_jsonl(path, {"instruction": str} | fields):
         w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * row["preference"]]
         if row[w] is None or row[w] == row[l]:
             dropped["failed edit" if row[w] is None else "identical"] += 1
             continue
-        pair = row, encode_prompt(tokenizer, row), *(encode_response(tokenizer, row[x], eos=x not in row.get("cut", [])) for x in (w, l))
+        answers = (encode_response(tokenizer, row[x], eos=x not in row.get("cut", [])) for x in (w, l))
+        pair = row, encode_prompt(tokenizer, row), *answers
         if pair[2] and pair[3] and len(pair[1]) + max(len(pair[2]), len(pair[3])) <= max_tokens:
             pairs.append(pair)
         else:
             dropped["empty or too long"] += 1
-    return dict(data=path, kind=kind, pairs=pairs or fail(f"{path}: no pair is left; dropped: {dict(dropped)}"), dropped=dict(dropped))
+    dropped = dict(dropped)
+    if not pairs:
+        fail(f"{path}: no pair is left; dropped: {dropped}")
+    return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
 
 
 def figures_of(file, R_w, R_l, r_w, r_l, tokenizer, resamples, seed):
-    """All figures of one file of read_held_out, from the rewards R and token rewards r of its better and worse answers"""
-    figures = dict(data=file["data"], kind=file["kind"], dropped=file["dropped"], **pair_figures(file["pairs"], R_w, R_l))
+    """All figures of one file of read_held_out, from rewards R and token rewards r of its better and worse answers"""
+    pairs = file["pairs"]
+    figures = dict(data=file["data"], kind=file["kind"], dropped=file["dropped"], **pair_figures(pairs, R_w, R_l))
     if file["kind"] == "edits":  # edited_wins is by construction: with edits, the order alone tells
-        figures |= dict(edited_wins=100.0, tokens=token_figures(file["pairs"], r_w, r_l, tokenizer, resamples=resamples, seed=seed))
+        tokens = token_figures(pairs, r_w, r_l, tokenizer, resamples=resamples, seed=seed)
+        figures |= dict(edited_wins=100.0, tokens=tokens)
     return figures
 
 
 def calibration(margins, bins=10):
-    """Does sigma(R_w - R_l) mean what it says? Pairs binned by the confidence in the likelier side, 0.5 to 1 -> ece, bins"""
+    """Does sigma(R_w - R_l) mean what it says? Pairs by confidence in the likelier side, 0.5 to 1 -> ece, bins"""
     filled = defaultdict(list)
     for margin in margins:
         confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
-        filled[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, (margin > 0) + 0.5 * (margin == 0)))
-    bins = [dict(confidence=statistics.fmean(c for c, _ in pairs), accuracy=statistics.fmean(a for _, a in pairs), n=len(pairs))
-            for _, pairs in sorted(filled.items())]
+        right = (margin > 0) + 0.5 * (margin == 0)
+        filled[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, right))
+    bins = [dict(confidence=statistics.fmean(c for c, _ in pairs), accuracy=statistics.fmean(a for _, a in pairs),
+                 n=len(pairs)) for _, pairs in sorted(filled.items())]
     return dict(ece=sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / max(1, len(margins)), bins=bins)
 
 
 def pair_figures(pairs, R_w, R_l):
-    """pairs: (row, prompt, w, l); R: rewards of their better and worse answers -> figures, beside the rule "the longer one wins"."""
+    """pairs: (row, prompt, w, l); R: rewards of their better and worse answers -> figures, beside "the longer wins\""""
     margins = [w - l for w, l in zip(R_w, R_l)]
     accuracy, error = mean_and_error([100 * ((margin > 0) + 0.5 * (margin == 0)) for margin in margins])
     margin, margin_error = mean_and_error(margins)
@@ -57,7 +65,7 @@ def pair_figures(pairs, R_w, R_l):
 
 
 def auroc(scores, positive, weights=None):
-    """P(a positive scores above a negative), a tie counting half; all [N], weights: how often each counts. None: a class is empty"""
+    """P(a positive scores above a negative), ties half; [N] each, weights: how often each counts. None: no such pair"""
     weights = torch.ones(len(scores), dtype=torch.float64) if weights is None else weights.double()
     rank = scores.unique(return_inverse=True)[1]  # equal scores share a rank
     ranks = int(rank.max()) + 1 if len(rank) else 0
@@ -67,8 +75,8 @@ def auroc(scores, positive, weights=None):
 
 
 def token_auroc(tokens, *, resamples, seed):
-    """tokens: (score, positive, pair) each. -> AUROC over all of them, and its standard error by resampling pairs: the tokens of a
-    pair come and go together, for they are not independent"""
+    """tokens: (score, positive, pair) each. -> AUROC over all of them, and its standard error by resampling pairs: the
+    tokens of a pair come and go together, for they are not independent"""
     if not tokens:
         return dict(auroc=None, standard_error=None, positives=0, tokens=0)
     scores, positive, pair = (torch.tensor(column) for column in zip(*tokens))
@@ -78,12 +86,12 @@ def token_auroc(tokens, *, resamples, seed):
         times = torch.bincount(torch.randint(pairs, (pairs,), generator=draw), minlength=pairs)
         again.append(auroc(scores, positive, times[pair]))
     again = [x for x in again if x is not None]
-    return dict(auroc=value, standard_error=statistics.stdev(again) if len(again) > 1 else None, positives=int(positive.sum()),
-                tokens=len(tokens))
+    return dict(auroc=value, standard_error=statistics.stdev(again) if len(again) > 1 else None,
+                positives=int(positive.sum()), tokens=len(tokens))
 
 
 def in_spans(texts, spans):
-    """Which kinds of error each token touches. texts: one per token; spans: [start, end, kind] in characters of the whole text"""
+    """Which kinds of error each token touches. texts: one per token; spans: [start, end, kind] in characters"""
     kinds, end = [], 0
     for text in texts:
         start, end = end, end + len(text)
@@ -92,10 +100,11 @@ def in_spans(texts, spans):
 
 
 def token_figures(pairs, r_w, r_l, tokenizer, *, resamples, seed):
-    """pairs: (row, prompt, edited ids, original ids); r_w, r_l: their token rewards (lists of lists) -> the figures, nested
+    """pairs: (row, prompt, edited ids, original ids); r_w, r_l: their token rewards (lists of lists) -> figures, nested
 
-    removed: AUROC of -r_t for the tokens of the original that the edit took away; added: of r_t for those it put in; error_spans: of
-    -r_t for the tokens inside the spans that the row marks as wrong, where rows have them. unchanged: r_t on U_0. eos: r_t at EOS."""
+    removed: AUROC of -r_t for the tokens of the original that the edit took away; added: of r_t for those it put in;
+    error_spans: of -r_t for the tokens inside the spans that the row marks as wrong, where rows have them. unchanged:
+    r_t on U_0. eos: r_t at EOS."""
     removed, added, marked, unchanged, eos = [], [], [], [], []
     for i, ((row, _, ids_w, ids_l), of_w, of_l) in enumerate(zip(pairs, r_w, r_l)):
         changed_l, changed_w = align(ids_l, ids_w)
@@ -105,14 +114,16 @@ def token_figures(pairs, r_w, r_l, tokenizer, *, resamples, seed):
         eos += [of[-1] for of, ids in ((of_w, ids_w), (of_l, ids_l)) if ids[-1] == tokenizer.eos_token_id]
         if row.get("error_spans"):
             texts = token_texts(tokenizer, ids_l)
-            marked += [(-r, kinds, i) for r, kinds, text in zip(of_l, in_spans(texts, row["error_spans"]), texts) if text]
-    figures = dict(removed=token_auroc(removed, resamples=resamples, seed=seed), added=token_auroc(added, resamples=resamples, seed=seed),
+            kinds_of = in_spans(texts, row["error_spans"])
+            marked += [(-r, kinds, i) for r, kinds, text in zip(of_l, kinds_of, texts) if text]
+    options = dict(resamples=resamples, seed=seed)
+    figures = dict(removed=token_auroc(removed, **options), added=token_auroc(added, **options),
                    unchanged=dict(mean=statistics.fmean(unchanged) if unchanged else None,
                                   sd=statistics.pstdev(unchanged) if unchanged else None, tokens=len(unchanged)),
                    eos=dict(mean=statistics.fmean(eos) if eos else None, n=len(eos)))
     if marked:
-        figures["error_spans"] = token_auroc([(r, bool(kinds), i) for r, kinds, i in marked], resamples=resamples, seed=seed)
-        for name in sorted(set.union(*(kinds for _, kinds, _ in marked))):  # one kind against the tokens in no span at all
-            figures["error_spans"][name] = token_auroc([(r, name in kinds, i) for r, kinds, i in marked if not kinds or name in kinds],
-                                                       resamples=0, seed=seed)["auroc"]
+        figures["error_spans"] = token_auroc([(r, bool(kinds), i) for r, kinds, i in marked], **options)
+        for name in sorted(set.union(*(kinds for _, kinds, _ in marked))):  # one kind against tokens in no span at all
+            some = [(r, name in kinds, i) for r, kinds, i in marked if not kinds or name in kinds]
+            figures["error_spans"][name] = token_auroc(some, resamples=0, seed=seed)["auroc"]
     return figures

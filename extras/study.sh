@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The study of EXPERIMENTS.md: token rewards on people's edits, and the paper's 2 x 2 in the embedded world. One process at a time.
+# The study of EXPERIMENTS.md: token rewards on people's edits, and the paper's 2 x 2 in the embedded world.
 #
 #     MODEL=FOLDER bash extras/study.sh                     # -> out/study, then the tables of EXPERIMENTS.md
 #     MODEL=FOLDER SEEDS="0 1 2" bash extras/study.sh people tables     # these parts, with these seeds
 #
-# FOLDER holds SmolLM2-135M-Instruct or another small model. Interrupt it at will: the same command skips what is finished and goes
-# on with the rest. CPU seconds stand beside each run, in RUN.cpu.jsonl.
+# FOLDER holds SmolLM2-135M-Instruct or another small model. One process at a time. Interrupt it at will: the same
+# command skips what is finished and goes on with the rest. CPU seconds stand beside each run, in RUN.cpu.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/study}
 PYTHON=${PYTHON:-python}
-LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: the study is to be done on two CPU cores
+LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: two CPU cores are to do
 SEEDS=${SEEDS:-0 1}               # of the order of pairs
 PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
 LONG=${LONG:-3200}                # ParaDetox: pairs of the one long run
@@ -25,10 +25,11 @@ import json, resource, subprocess, sys
 run, *words = sys.argv[1:]
 code = subprocess.call([sys.executable, *words])
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps(dict(stage=words[0], cpu_s=round(used.ru_utime + used.ru_stime, 1))), file=open(f"{run}.cpu.jsonl", "a"))
+row = dict(stage=words[0], cpu_s=round(used.ru_utime + used.ru_stime, 1))
+print(json.dumps(row), file=open(f"{run}.cpu.jsonl", "a"))
 sys.exit(code)' "$@"
 }
-measured() {  # measured RUN HELD_OUT flags of reward_model.py...: a reward model and its figures; its weights are not kept
+measured() {  # measured RUN HELD_OUT flags...: a reward model and its figures; its weights are not kept
     [ -s "$1/rewards.json" ] && return
     timed "$1" reward_model.py "${@:3}" --out="$1" --log_every=5
     timed "$1" evaluate.py rewards --reward_model="$1" --data="$2" --out="$1/rewards.json" --resamples=100
@@ -36,15 +37,16 @@ measured() {  # measured RUN HELD_OUT flags of reward_model.py...: a reward mode
 }
 diffs() {  # diffs EDITS: both masks, with and without gaps
     for gaps in false true; do
-        "$PYTHON" diff.py --data="$1" --tokenizer="$OUT/backbone" --gaps=$gaps --max_tokens="$2" --out="${1%/*}/diffs_$gaps.jsonl"
+        "$PYTHON" diff.py --data="$1" --tokenizer="$OUT/backbone" --gaps=$gaps --max_tokens="$2" \
+            --out="${1%/*}/diffs_$gaps.jsonl"
     done
 }
 arms() {  # arms RUNS FOLDER HELD_OUT flags...: every loss on the same pairs, in the same order, with the same steps
     local seed name loss anchor gaps
     for seed in $SEEDS; do
         while read -r name loss anchor gaps; do
-            measured "$1/seed$seed/$name" "$3" --data="$2/diffs_$gaps.jsonl" --loss="$loss" --anchor="$anchor" --seed="$seed" \
-                $RM "${@:4}" < /dev/null
+            measured "$1/seed$seed/$name" "$3" --data="$2/diffs_$gaps.jsonl" --loss="$loss" --anchor="$anchor" \
+                --seed="$seed" $RM "${@:4}" < /dev/null
         done <<< "sequence sequence 0 false
 eq3 eq3 0 false
 eq4 eq4 0 false
@@ -60,7 +62,8 @@ if [[ "$PARTS" =~ people|long|qa ]] && [ ! -s "$OUT/backbone/tokenizer.json" ]; 
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained(sys.argv[1], num_hidden_layers=int(sys.argv[2])).save_pretrained(sys.argv[3])
-AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' "${MODEL:?a folder of SmolLM2-135M-Instruct}" "$LAYERS" "$OUT/backbone"
+AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' \
+        "${MODEL:?a folder of SmolLM2-135M-Instruct}" "$LAYERS" "$OUT/backbone"
 fi
 RM="--model=$OUT/backbone --dtype=bfloat16 --batch=16 --micro_batch=16 --lr=1.5e-4 --warmup=0.05"
 
@@ -79,15 +82,15 @@ people)  # a few pairs, tested on 150 comments of the held-out file; and what ne
     diffs "$OUT/few/edits.jsonl" 512
     arms "$OUT/people" "$OUT/few" "$OUT/few/test.jsonl"
     for n in "$PAIRS" "$LONG" 0; do
-        [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" --limit="$n" \
-            --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
+        [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" \
+            --limit="$n" --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
     done ;;
 long)  # once on many pairs, tested on the whole held-out file
     first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
     diffs "$OUT/many/edits.jsonl" 512
-    measured "$OUT/long/seed0/anchor_03_gaps" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" --loss=eq4 --anchor=0.3 \
-        $RM --batch=32 --micro_batch=32 --lr=6e-5 ;;
-qa)  # QA-Feedback: 250 corrections to learn from, of which the ones that fit; the other questions' to test on, with marked spans
+    measured "$OUT/long/seed0/anchor_03_gaps" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" \
+        --loss=eq4 --anchor=0.3 $RM --batch=32 --micro_batch=32 --lr=6e-5 ;;
+qa)  # QA-Feedback: of 250 corrections the ones that fit; tested on other questions, with the spans that people marked
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
     mkdir -p "$OUT/qa"
     cp "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
@@ -104,7 +107,8 @@ toy)  # the embedded world, where the truth is known: the same sequence-level lo
         "$PYTHON" diff.py "${A[@]}" --data="$T/edits.jsonl" --tokenizer="$T/sft" --out="$T/diffs.jsonl"
         for rm in original edited; do
             [ $rm = original ] && data=$T/data/pref.jsonl || data=$T/diffs.jsonl
-            timed "$T/rm_$rm" reward_model.py "${A[@]}" --model="$T/sft" --data="$data" --loss=sequence --out="$T/rm_$rm"
+            timed "$T/rm_$rm" reward_model.py "${A[@]}" --model="$T/sft" --data="$data" --loss=sequence \
+                --out="$T/rm_$rm"
             timed "$T/rm_$rm" evaluate.py rewards "${A[@]}" --reward_model="$T/rm_$rm" --out="$T/rm_$rm/rewards.json" \
                 --data="$T/data/pref_heldout.jsonl,$T/edits_heldout.jsonl"
         done

@@ -1,10 +1,11 @@
-"""The tables of EXPERIMENTS.md, from the run folders of extras/study.sh alone: metrics.jsonl, run.json, rewards.json, RUN.cpu.jsonl.
+"""The tables of EXPERIMENTS.md, from the run folders of extras/study.sh alone.
 
     python extras/study_tables.py --data=out/study --out=EXPERIMENTS.md     # replaces what stands between the two marks
 
-Means over seeds with their standard error; where there is one seed, its value and the error over its pairs.
+Read are metrics.jsonl, run.json, rewards.json and RUN.cpu.jsonl. Means over seeds with their standard error; where
+there is one seed, its value and the error over its pairs.
 """
-import json, re, sys
+import json, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from extras.report import pm
 
 BEGIN, END = "<!-- tables: python extras/study_tables.py -->", "<!-- end of the tables -->"
 NAMES = {"sequence": "sequence level", "eq3": "Eq. 3", "eq4": "Eq. 4", "anchor_003": "Eq. 4 + anchor 0.03",
-         "anchor_01": "Eq. 4 + anchor 0.1", "anchor_03": "Eq. 4 + anchor 0.3", "anchor_01_gaps": "Eq. 4 + anchor 0.1, gaps",
-         "anchor_03_gaps": "Eq. 4 + anchor 0.3, gaps"}
+         "anchor_01": "Eq. 4 + anchor 0.1", "anchor_03": "Eq. 4 + anchor 0.3",
+         "anchor_01_gaps": "Eq. 4 + anchor 0.1, gaps", "anchor_03_gaps": "Eq. 4 + anchor 0.3, gaps"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Config:
 
 def read_run(folder):
     """What the tables need of one reward model's folder"""
-    cpu = Path(f"{folder}.cpu.jsonl")
-    return dict(figures=json.loads((folder / "rewards.json").read_text()), config=record_of(folder)["config"],
-                pairs=record_of(folder)["pairs"], commit=record_of(folder).get("commit"), metrics=logged(folder / "metrics.jsonl"),
+    cpu, record = Path(f"{folder}.cpu.jsonl"), record_of(folder)
+    return dict(figures=json.loads((folder / "rewards.json").read_text()), config=record["config"],
+                pairs=record["pairs"], metrics=logged(folder / "metrics.jsonl"),
                 cpu_min=sum(row["cpu_s"] for row in logged(cpu) if row["stage"] == "reward_model.py") / 60)
 
 
@@ -84,46 +85,52 @@ def losses(title, folder, *, spans=False):
         first = [run["figures"][0] for run in runs]
         rows.append([NAMES[arm], over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1),
                      cell(runs, "removed"), cell(runs, "added"), *([cell(runs, "error_spans")] if spans else []),
-                     spread(runs, "unchanged"), spread(runs, "eos"), f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
-    seeds = sorted({len(runs) for runs in arms.values()})
+                     spread(runs, "unchanged"), spread(runs, "eos"), len(runs),
+                     f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
     run = next(iter(arms.values()))[0]
-    of = run["figures"][0]
-    note = (f"{run['pairs']} pairs, {1 + run['metrics'][-1]['step']} steps of {run['config']['batch']}, tested on {of['n']} others; "
-            f"seeds: {' to '.join(map(str, seeds))}; CPU minutes are those of the training alone. Longer answer wins: {of['longer_wins']:.1f}%.")
-    header = ["loss", "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []), "r on U_0", "r at EOS",
-              "CPU min"]
+    of, steps = run["figures"][0], 1 + run["metrics"][-1]["step"]
+    note = (f"{run['pairs']} pairs, {steps} steps of {run['config']['batch']}, lr {run['config']['lr']:g}; tested on "
+            f"{of['n']} others. CPU minutes: of the training. Longer answer wins: {of['longer_wins']:.1f}%.")
+    header = ["loss", "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []),
+              "r on U_0", "r at EOS", "seeds", "CPU min"]
     return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
 
 
 def baselines(folder):
     """What needs no reward model, from extras/edit_baselines.py"""
-    rows = []
-    for path in sorted(Path(folder).glob("baselines_*.jsonl"), key=lambda p: int(re.search(r"\d+", p.name)[0])):
-        f, = logged(path)
-        if not rows:
-            rows.append(["spacing and capitals alone", pm(f["accuracy_surface"], f["accuracy_surface_error"]),
-                         *(pm(f[f"{side}_surface"]["auroc"], f[f"{side}_surface"]["standard_error"], 3) for side in ("removed", "added"))])
-            rows.append(["the shorter one wins", pm(f["accuracy_shorter"], f["accuracy_shorter_error"]), "-", "-"])
-            rows.append(["rare in the train file", "-", *(pm(f[f"{side}_rare"]["auroc"], f[f"{side}_rare"]["standard_error"], 3)
-                                                         for side in ("removed", "added"))])
-        rows.append([f"a bag of tokens, {f['n_train']} pairs counted", "-",
-                     *(pm(f[f"{side}_bag"]["auroc"], f[f"{side}_bag"]["standard_error"], 3) for side in ("removed", "added"))])
-        people = f.get("removed_people")
-    if rows and people:
-        rows.append([f"what others took out of the same text ({people['texts']} of the train file)", "-", f"{people['auroc']:.3f}", "-"])
-    return table(["without a reward model", "accuracy, %", "AUROC removed", "AUROC added"], rows) + "\n" if rows else ""
+    found = sorted((logged(path)[0] for path in Path(folder).glob("baselines_*.jsonl")), key=lambda f: f["n_train"])
+    if not found:
+        return ""
+
+    def aurocs(f, name):
+        groups = [f[f"{side}_{name}"] for side in ("removed", "added")]
+        return [pm(group["auroc"], group["standard_error"], 3) for group in groups]
+
+    def accuracy(name):
+        return pm(found[-1][f"accuracy_{name}"], found[-1][f"accuracy_{name}_error"])
+    rows = [["spacing and capitals alone", accuracy("surface"), *aurocs(found[-1], "surface")],
+            ["the shorter one wins", accuracy("shorter"), "-", "-"],
+            ["rare in the train file", "-", *aurocs(found[-1], "rare")]]
+    rows += [[f"a bag of tokens, {f['n_train']} pairs counted", "-", *aurocs(f, "bag")] for f in found]
+    people = found[-1].get("removed_people")
+    if people:
+        rows.append([f"what others took out of the same text, {people['texts']} texts of the train file", "-",
+                     f"{people['auroc']:.3f}", "-"])
+    return table(["without a reward model", "accuracy, %", "AUROC removed", "AUROC added"], rows) + "\n"
 
 
 def two_by_two(folder):
     """Trained on original or edited pairs, tested on original or edited pairs"""
     rows = []
-    for name, trained in (("rm_original", "original pairs (a quarter of the labels wrong)"), ("rm_edited", "edited pairs")):
+    for name, trained in (("rm_original", "original pairs, a quarter of them mislabelled"), ("rm_edited", "edited pairs")):
         runs = [read_run(path.parent) for path in sorted(Path(folder).glob(f"seed*/{name}/rewards.json"))]
         if runs:
-            by_kind = [[f for run in runs for f in run["figures"] if f["kind"] == kind] for kind in ("preferences", "edits")]
-            rows.append([trained, *(over_seeds([f["accuracy"] for f in found], [f["standard_error"] for f in found], 1) for found in by_kind),
-                         len(runs), f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
-    header = ["trained on", "accuracy on original pairs, true labels, %", "on edited pairs, %", "seeds", "CPU min a run"]
+            cells = []
+            for kind in ("preferences", "edits"):
+                found = [f for run in runs for f in run["figures"] if f["kind"] == kind]
+                cells.append(over_seeds([f["accuracy"] for f in found], [f["standard_error"] for f in found], 1))
+            rows.append([trained, *cells, len(runs), f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
+    header = ["trained on", "accuracy on original pairs, true labels, %", "on edited pairs, %", "seeds", "CPU min"]
     return table(header, rows) + "\n" if rows else ""
 
 
@@ -133,8 +140,9 @@ def main(cfg):
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         fail(f"--out={cfg.out} has no place for the tables: it needs the lines {BEGIN} and {END}, once")
     data = Path(cfg.data)
-    parts = [losses("ParaDetox, one long run", data / "long"), losses("ParaDetox, every loss on the same few pairs", data / "people"),
-             baselines(data / "people"), losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True)]
+    parts = [losses("ParaDetox, one long run", data / "long"),
+             losses("ParaDetox, every loss on the same few pairs", data / "people"), baselines(data / "people"),
+             losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True)]
     toy = two_by_two(data / "toy")
     parts.append(f"### The embedded world: trained on x tested on, both at sequence level\n\n{toy}" if toy else "")
     if not any(parts):

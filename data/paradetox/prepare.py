@@ -1,13 +1,13 @@
-"""People's minimal edits: ParaDetox (Logacheva et al., 2022), rude comments rewritten by people who change as little as they can.
+"""People's minimal edits: ParaDetox (Logacheva et al., 2022), rude comments that people rewrote, changing little.
 
     python data/paradetox/prepare.py                     # from its public address
     python data/paradetox/prepare.py --source=FILE       # a copy of paradetox.tsv on disk
 
-    paradetox.tsv (toxic, neutral1, neutral2, neutral3)  -> edits_train.jsonl   every rewrite of a comment is a row
-                                                         -> edits_test.jsonl    other comments, the first rewrite of each
+    paradetox.tsv (toxic, neutral1, neutral2, neutral3)  -> edits_train.jsonl   a row for every rewrite of a comment
+                                                         -> edits_test.jsonl    other comments, the first rewrite each
 
-Columns stay as they are, quotation marks included. A line that holds no comment with a rewrite (a cell that was broken over two
-lines) is left out and counted. The texts are rude.
+Columns stay as they are, quotation marks included. A line that holds no comment with a rewrite (a cell that was broken
+over two lines) is left out and counted. The texts are rude.
 """
 import random, sys
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ def fetch(source):
 
 def edit(id, instruction, original, edited, input=""):
     """A row of edits.jsonl whose editor is a person"""
-    return dict(id=id, instruction=instruction, input=input, original=original, edited=edited, editor="human", model=None,
-                stop_reason=None, usage=None)
+    return dict(id=id, instruction=instruction, input=input, original=original, edited=edited, editor="human",
+                model=None, stop_reason=None, usage=None)
 
 
 def main(cfg):
@@ -62,13 +62,13 @@ def main(cfg):
         return say(f"{cfg.out} is finished; nothing to do")
     order = list(comments)
     random.Random(cfg.seed).shuffle(order)
-    rows = [[edit(f"paradetox-{number}-{k}", cfg.instruction, comment, rewrite) for k, rewrite in enumerate(comments[comment])]
-            for number, comment in enumerate(order, 1)]
+    rows = [[edit(f"paradetox-{number}-{k}", cfg.instruction, comment, rewrite)
+             for k, rewrite in enumerate(comments[comment])] for number, comment in enumerate(order, 1)]
     files = {"edits_test.jsonl": [row[0] for row in rows[:cfg.test]], "edits_train.jsonl": sum(rows[cfg.test:], [])}
     for name, content in files.items():
         write_jsonl(Path(cfg.out, name), content)
         say(f"{cfg.out}/{name}: {len(content)} rows")
-    say(f"{len(lines) - len(comments)} of {len(lines)} lines left out: no comment with a rewrite, or the same comment again")
+    say(f"{len(lines) - len(comments)} of {len(lines)} lines left out: no comment with a rewrite, or one seen before")
     finish(cfg, rows={name: len(content) for name, content in files.items()})
 
 

@@ -1,11 +1,12 @@
-"""People's corrections of a model's answers, and the spans they marked as wrong: QA-Feedback (Wu et al., 2023, Fine-Grained RLHF).
+"""People's corrections of a model's answers, and the spans they marked as wrong: QA-Feedback (Wu et al., 2023).
 
     python data/qa_feedback/prepare.py                   # from its public address
     python data/qa_feedback/prepare.py --source=FILE     # a copy of dev_feedback.json on disk
 
-    dev_feedback.json  -> edits_train.jsonl, edits_test.jsonl   original: the first prediction, edited: as corrected by a person;
-                                                                error_spans: [start, end, kind] in characters of original
-                       -> pref_train.jsonl, pref_test.jsonl     people's preferences among the four predictions, ties left out
+    dev_feedback.json  -> edits_train.jsonl, edits_test.jsonl   original: the first prediction, edited: as corrected by
+                                                                a person; error_spans: [start, end, kind] in
+                                                                characters of original
+                       -> pref_train.jsonl, pref_test.jsonl     preferences among the four predictions, without ties
 
 Half of the questions are held out. The passages that the answers rest on are the input, cut to `words`.
 """
@@ -22,7 +23,8 @@ from data.paradetox.prepare import edit, fetch
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/dev_feedback.json"  # or a file
+    source: str = ("https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/"
+                   "tasks/qa_feedback/data/dev_feedback.json")  # or a file
     words: int = 180                # of the passages, from their beginning
     out: str = "data/qa_feedback"
     seed: int = 0                   # which half of the questions is held out
@@ -42,8 +44,8 @@ def convert(number, row, words):
     spans = [[error["start"], error["end"], error["error type"]] for error in feedback["errors"]]
     pairs = zip(combinations((1, 2, 3, 4), 2), row["preference"], strict=True)
     return edits | dict(error_spans=spans), [
-        dict(instruction=question, input=input, output_1=row[f"prediction {i}"], output_2=row[f"prediction {j}"], preference=better)
-        for (i, j), better in pairs if better]
+        dict(instruction=question, input=input, output_1=row[f"prediction {i}"], output_2=row[f"prediction {j}"],
+             preference=better) for (i, j), better in pairs if better]
 
 
 def main(cfg):
