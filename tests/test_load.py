@@ -7,6 +7,7 @@ CHECK = """
 import itertools, sys
 sys.path.insert(0, {root!r})
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 import common
 loads, kinds = [], ((None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32))
@@ -23,7 +24,7 @@ for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
     if head:
         want.score.weight.data.zero_()
         want.score.bias = None
-    state = common.get_model_state_dict(model, options=common.StateDictOptions(full_state_dict=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     for ours, plain in ((state, want.state_dict()), (dict(model.named_buffers()), dict(want.named_buffers()))):
         assert ours and ours.keys() == plain.keys(), ours.keys() ^ plain.keys()
         for name, x in ours.items():
