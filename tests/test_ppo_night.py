@@ -4,7 +4,7 @@ import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
-from conftest import PPO, ROOT, rows_of, run
+from conftest import PPO, ROOT, python, rows_of, run
 from test_stages import kill_when, lines, same_metrics, start, weights
 
 STEPS = ["--steps=6", "--rollout_micro_batch=4", "--kl_target=0.1", "--sample_every=2"]
@@ -68,15 +68,16 @@ def broken(path, patch):
     return path
 
 
-def two_nodes(per_node, *words):
+def two_nodes(per_node, *words, python=sys.executable):
     """Two torchrun agents, as on two machines -> the processes"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
+    launch = [python, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
               "--master_addr=127.0.0.1", f"--master_port={port}"]
     return [subprocess.Popen([*launch, f"--node_rank={node}", *map(str, words)], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in range(2)]
+                             env=os.environ | {"PYTHON_EXEC": python}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for node in range(2)]
 
 
 def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, tmp_path):
@@ -121,7 +122,7 @@ def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
     checkpoint that all write then goes on with one rank"""
     out = tmp_path / "out"
     nodes = two_nodes(2, broken(tmp_path / "told.py", TOLD_AFTER_SCORING_STEP_2), ROOT / words[0], *words[1:],
-                      f"--out={out}")
+                      f"--out={out}", python=python())
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1] and "SIGTERM: stopped after 2 steps" in said[0], said
     run(*words, f"--out={out}", "--steps=4")
