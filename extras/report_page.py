@@ -136,6 +136,8 @@ def curves(runs):
         panels.append(plot.svg())
     seeds = max((len(mine) for mine in groups.values()), default=0)
     note = f"Lines: the mean of {seeds} seeds; bands: lowest to highest." if seeds > 1 else "One seed."
+    if any((run["path"] / "val_annotations.jsonl").exists() for run in runs):
+        note += " Win rates are on the questions that a step was chosen on, not on those of Table 1."
     return legend(groups) + f"<div class=grid2>{''.join(panels)}</div><figcaption>{note}</figcaption>"
 
 

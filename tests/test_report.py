@@ -178,6 +178,7 @@ def test_a_step_chosen_on_val(tmp_path):
     assert one[report.TOKEN][2:4] == [f"{figures['win_rate']:.1f}", "10"] and one[report.FINE][3] == "25"
     assert three[f"{report.TOKEN}, to its own best"][2] == three[f"{report.TOKEN}, to 65%"][2] == "10"
     assert three[f"{report.FINE}, to 65%"][2] == "- (1 of 1 never)"
+    assert "that a step was chosen on" in report_page.curves(runs)
 
 
 class Page(html.parser.HTMLParser):
