@@ -188,8 +188,9 @@ def updated(cfg, models, rollout):
 
 
 def slow_objective(cfg, models, rollout):
-    """The losses and clipped shares of one optimizer batch, a row and a token at a time, without padding"""
+    """What update() tells of one optimizer batch, a row and a token at a time, without padding"""
     policy = value = clipped = value_clipped = tokens = 0.0
+    ratios = []
     for row, (prompt, response) in enumerate(zip(rollout["prompts"], rollout["responses"])):
         ids = torch.tensor([prompt + response])
         logits, heads = models["policy"](ids).logits[0] / cfg.temperature, models["value"](ids).logits[0, :, 0]
@@ -202,10 +203,14 @@ def slow_objective(cfg, models, rollout):
             policy -= min(ratio * A, min(max(ratio, 1 - cfg.clip), 1 + cfg.clip) * A)
             near = min(max(v, old_v - cfg.value_clip), old_v + cfg.value_clip)
             value += 0.5 * max((v - target) ** 2, (near - target) ** 2)
+            ratios.append(ratio)
             clipped += abs(ratio - 1) > cfg.clip
             value_clipped += abs(v - old_v) > cfg.value_clip
             tokens += 1
-    return policy / tokens, value / tokens, clipped / tokens, value_clipped / tokens
+    return dict(policy_loss=policy / tokens, value_loss=value / tokens, clip_fraction=clipped / tokens,
+                value_clipped=value_clipped / tokens, ratio=sum(ratios) / tokens,
+                approx_kl=sum(ratio - 1 - math.log(ratio) for ratio in ratios) / tokens,
+                first_ratio_error=max(abs(ratio - 1) for ratio in ratios))
 
 
 @torch.no_grad()
@@ -215,14 +220,15 @@ def test_the_gradient_is_that_of_the_objective(tiny):
     with torch.enable_grad():
         stats, grads = updated(cfg, models, rollout)
     slow = slow_objective(cfg, models, rollout)
-    told = [stats[name] for name in ("policy_loss", "value_loss", "clip_fraction", "value_clipped")]
-    assert told == pytest.approx(slow, abs=1e-12)
-    assert 0.2 < slow[2] < 0.8 and 0.2 < slow[3] < 0.8, "both sides of both clips"
-    assert stats["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-12)
+    assert 0.2 < slow["clip_fraction"] < 0.8 and 0.2 < slow["value_clipped"] < 0.8, "both sides of both clips"
+    norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+    assert stats == pytest.approx(slow | dict(grad_norm=norm), abs=1e-6)
+    assert [stats[name] for name in ("policy_loss", "value_loss")] == pytest.approx(
+        [slow[name] for name in ("policy_loss", "value_loss")], abs=1e-12)
     torch.manual_seed(2)
     def objective():
-        policy, value, _, _ = slow_objective(cfg, models, rollout)
-        return policy + cfg.vf_coef * value
+        losses = slow_objective(cfg, models, rollout)
+        return losses["policy_loss"] + cfg.vf_coef * losses["value_loss"]
     for (name, parameter), grad in zip(models.named_parameters(), grads):
         entries = [grad.abs().argmax().item(), *torch.randint(grad.numel(), (2,)).tolist()]
         for i in entries:
