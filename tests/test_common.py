@@ -1,12 +1,11 @@
 """Config, files, tokens, and generate against a slow loop. pytest tests/test_common.py"""
-import json, math, os
+import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pytest, torch
 from conftest import ROOT
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 from extras import runs

@@ -290,7 +290,7 @@ def test_mistakes(tmp_path, capfd, flag, words):
 
 def test_the_default_folder_holds_the_script(tmp_path):
     """python data/toy/prepare.py, from an empty clone and from another working directory"""
-    for name in ("common.py", "data/toy/prepare.py"):
+    for name in ("common.py", "extras/runs.py", "data/toy/prepare.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, tmp_path / "data/toy/prepare.py", "--sft_rows=20"], cwd=tmp_path, capture_output=True, text=True)
