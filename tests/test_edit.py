@@ -578,11 +578,13 @@ def test_trouble_with_batches(monkeypatch, capsys):
         for action, fault, words in (("create", "400", "BadRequestError 400"), ("create", "401", "AuthenticationError 401"),
                                      ("retrieve", "401", "AuthenticationError 401"), ("list", "null", "looks for it"),
                                      ("results", "500", "InternalServerError 500")):
-            claude.trouble = lambda at: fault if at == action else "drop" if (action, at) == ("list", "create") else ""
+            seen = []
+            claude.trouble = lambda at: seen.append(at) or (fault if at == action else "drop" if (action, at) == ("list", "create") else "")
             with pytest.raises(SystemExit) as stop:
                 run(monkeypatch, claude, batch_api=True, retries=0, overwrite=True)
             text = capsys.readouterr().err
             assert stop.value.code == 2 and words in text and "the same command" in text and KEY not in text, (action, text)
+            assert fault != "401" or seen.count(action) == 1  # it stops at once
         claude.trouble, made = lambda action: "", len(claude.batches)
         assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == made
 

@@ -1,5 +1,5 @@
 """Each public function against a slow loop in float64, with garbage in the padding. pytest tests/test_math.py"""
-import copy, dataclasses, functools, math, random, statistics
+import copy, dataclasses, functools, json, math, random, statistics
 from types import SimpleNamespace
 
 import pytest, torch
@@ -209,6 +209,7 @@ def test_learning_rate_moves_as_stated():
     assert rates[0] == 0.2 and rates[4] == 1.0 and rates[5] == pytest.approx(1.0) and rates[390] == 0.0
     assert rates[200] == pytest.approx(190 / 385) and ppo.learning_rate(cfg, 500, rows=512 * 39) == 0  # never below
     assert ppo.learning_rate(dataclasses.replace(cfg, warmup_steps=0), 0, rows=512 * 39) == 1
+    assert ppo.learning_rate(dataclasses.replace(cfg, lr_epochs=0.01), 0, rows=512 * 39) == 0.2  # the warm-up is never cut away
 
 # ---------------------------------------------------------------- a step of PPO, row by row
 
@@ -557,3 +558,20 @@ def test_a_response_that_was_cut_keeps_its_last_token(world):
     for text in ("apple\npear", " two", "x"):
         ids = common.encode_response(tokenizer, text, eos=False)
         assert common.decode_response(tokenizer, ids) == common.decode_response(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+
+
+def test_streams_and_draws_follow_their_key():
+    assert common.rows_at(0, 50, 50, 0) != common.rows_at(0, 50, 50, 1)
+    draws = common.row_uniforms(2000, 0, 1, 2)
+    assert (draws * 2**24 % 1 == 0).all() and draws.max() < 1  # exact in float32: no draw is rounded up to 1
+    assert not torch.equal(draws, common.row_uniforms(2000, 0, 2, 1)) and not torch.equal(draws, common.row_uniforms(2000, 1, 1, 2))
+
+
+def test_no_model_drops_out(world, tmp_path):
+    for file in (world / "sft").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    model = common.load_model(tmp_path, torch.device("cpu"), None, torch.float32, head="zero")
+    assert model.training and model.config.attention_dropout == 0 and {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.0}
