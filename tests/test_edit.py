@@ -418,9 +418,11 @@ def test_ctrl_c(monkeypatch, capsys, number):
     """What is in flight is finished and written, nothing new is asked, and it is said how much is left"""
     write(pairs(40))
 
+    signals = [number]  # one: the second would end us
+
     def fault(prompt, turn):
-        if len(claude.asked) == 10:
-            os.kill(os.getpid(), number)
+        if len(claude.asked) == 10 and signals:
+            os.kill(os.getpid(), signals.pop())
         return "empty" if "Question 3?" in prompt else ""
     with Standin(fault=fault, delay=0.05) as claude:
         with pytest.raises(SystemExit) as stop:
@@ -437,7 +439,8 @@ def test_ctrl_c(monkeypatch, capsys, number):
 def test_ctrl_c_while_batches_are_made_or_worked_on(monkeypatch, capsys, moment, made):
     monkeypatch.setattr("extras.claude_batches.ROWS", 2)
     write(pairs(4))
-    with Standin(trouble=lambda action: os.kill(os.getpid(), signal.SIGINT) if action == moment else "") as claude:
+    signals = [signal.SIGINT]
+    with Standin(trouble=lambda action: os.kill(os.getpid(), signals.pop()) if action == moment and signals else "") as claude:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude, batch_api=True)
         assert stop.value.code == 130 and "4 of 4 rows are left" in capsys.readouterr().out and len(claude.batches) == made
