@@ -49,22 +49,21 @@ def lcs_length(a, b):
     return len(a) - v.bit_count()
 
 
-def common_pairs(a, b, after_run=False):
+def common_pairs(a, b):
     """Index pairs (i, j), a[i] == b[j], of a longest common subsequence with as few contiguous runs as any longest has.
 
     Dynamic programming over prefixes: best[i][j] scores a[:i] against b[:j], run[i][j] the same with a[i-1] on b[j-1].
-    A pair is worth MATCH, beginning a new run costs 1. An optimal path makes len(a) - L
-    deletions and len(b) - L insertions, so it stays in a narrow band about the diagonal; the rest is not computed."""
+    A pair is worth MATCH, beginning a new run costs 1. An optimal path makes len(a) - L deletions and len(b) - L
+    insertions, so it stays in a narrow band about the diagonal; the rest is not computed."""
     L, n, m = lcs_length(a, b), len(a), len(b)
     MATCH, NEVER = n + m + 2, -(n + m + 2) ** 2
     best, run = ([[NEVER] * (m + 1) for _ in range(n + 1)] for _ in range(2))
-    run[0][0] = 0 if after_run else NEVER  # a pair right behind the common prefix goes on with its run
+    best[0][0] = 0
     for i in range(n + 1):
         for j in range(max(0, i - (n - L)), min(m, i + (m - L)) + 1):
             if i and j and a[i - 1] == b[j - 1]:
                 run[i][j] = MATCH + max(run[i - 1][j - 1], best[i - 1][j - 1] - 1)
-            best[i][j] = max(run[i][j], best[i - 1][j] if i else NEVER, best[i][j - 1] if j else NEVER,
-                             0 if i == j == 0 else NEVER)
+            best[i][j] = max(best[i][j], run[i][j], best[i - 1][j] if i else NEVER, best[i][j - 1] if j else NEVER)
     pairs, i, j, inside = [], n, m, False
     while i and j:
         if inside or best[i][j] == run[i][j]:
@@ -95,7 +94,7 @@ def align(original, edited, *, gaps=False):
     tail = 0
     while tail < min(n, m) - head and original[n - 1 - tail] == edited[m - 1 - tail]:
         tail += 1
-    between = common_pairs(original[head:n - tail], edited[head:m - tail], after_run=head > 0)
+    between = common_pairs(original[head:n - tail], edited[head:m - tail])
     kept = [*((i, i) for i in range(head)), *((head + i, head + j) for i, j in between),
             *((n - k, m - k) for k in range(tail, 0, -1))]
     original_changed, edited_changed = [1] * n, [1] * m

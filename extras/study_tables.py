@@ -122,7 +122,7 @@ def baselines(folder):
 def two_by_two(folder):
     """Trained on original or edited pairs, tested on original or edited pairs"""
     rows = []
-    for name, trained in (("rm_original", "original pairs, a quarter of them mislabelled"), ("rm_edited", "edited pairs")):
+    for name, trained in (("rm_original", "original pairs, a quarter mislabelled"), ("rm_edited", "edited pairs")):
         runs = [read_run(path.parent) for path in sorted(Path(folder).glob(f"seed*/{name}/rewards.json"))]
         if runs:
             cells = []
