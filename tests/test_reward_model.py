@@ -14,7 +14,7 @@ from extras import runs
 from conftest import rows_of, run
 from data.paradetox import prepare as paradetox
 from data.qa_feedback import prepare as qa_feedback
-from extras import edit_baselines
+from extras import edit_baselines, study_tables
 from test_diff import Text
 
 
@@ -207,3 +207,29 @@ def test_bag_of_tokens_finds_what_was_always_removed(world, tmp_path):
     (figures,) = rows_of(tmp_path / "figures.jsonl")
     assert figures["removed_bag"]["auroc"] == 1 and figures["removed_surface"]["auroc"] < 0.7
     assert figures["removed_people"] == dict(auroc=1.0, texts=1) and figures["n"] == 1 and figures["n_train"] == 3
+
+
+def test_study_tables_say_what_the_run_folders_hold(tmp_path):
+    def group(auroc):
+        return dict(auroc=auroc, standard_error=0.01)
+    for seed, removed in ((0, 0.7), (1, 0.9)):
+        home = tmp_path / f"study/people/seed{seed}/eq4"
+        home.mkdir(parents=True)
+        figures = dict(n=7, accuracy=90.0 + 4 * seed, standard_error=1.0, longer_wins=12.5, kind="edits", tokens=dict(
+            removed=group(removed), added=group(0.6), unchanged=dict(mean=-1.0, sd=2.0), eos=dict(mean=0.5)))
+        (home / "rewards.json").write_text(json.dumps([figures]))
+        (home / "run.json").write_text(json.dumps(dict(config=dict(batch=4, lr=1e-4), pairs=8)))
+        (home / "metrics.jsonl").write_text('{"step": 1}\n')
+        (home.parent / "eq4.cpu.jsonl").write_text('{"stage": "reward_model.py", "cpu_s": 120}\n{"stage": "x", "cpu_s": 9}\n')
+    out = tmp_path / "EXPERIMENTS.md"
+    out.write_text(f"before\n{study_tables.BEGIN}\nold\n{study_tables.END}\nafter\n")
+    study_tables.main(study_tables.Config(data=str(tmp_path / "study"), out=str(out)))
+    text = out.read_text()
+    assert "| Eq. 4 | 92.0 ± 2.0 | 0.800 ± 0.100 | 0.600 ± 0.000 | -1.00 (sd 2.00) | +0.50 | 2 | 2.0 |" in text
+    assert "8 pairs, 2 steps of 4, lr 0.0001; tested on 7 others" in text and "12.5%" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    study_tables.main(study_tables.Config(data=str(tmp_path / "study"), out=str(out)))
+    assert out.read_text() == text
+    out.write_text("no place")
+    with pytest.raises(SystemExit):
+        study_tables.main(study_tables.Config(data=str(tmp_path / "study"), out=str(out)))
