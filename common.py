@@ -43,6 +43,8 @@ def say(*words):
 
 def one_line(kind, error, trace):
     """sys.excepthook: Ctrl-C and a full or read-only disk are the user's business, not a traceback"""
+    if kind is BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)
     if kind is KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

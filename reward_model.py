@@ -40,6 +40,7 @@ class Config:
     eval_data: str | None = None    # held-out pairs: a pref or a diffs file
     eval_every: int = 0             # steps between evaluations; 0: at the end only
     epochs: int = 1
+    steps: int | None = None        # instead of epochs: so that arms with more and fewer pairs train as long
     batch: int = 16                 # pairs per optimizer step, all ranks together
     micro_batch: int = 4            # pairs per forward and rank; changes memory and speed only
     lr: float = 3e-6                # peak; linear warm-up, then cosine to 0
@@ -208,7 +209,8 @@ def main(cfg):
     device, mesh, dtype = setup(cfg.dtype)
     model = load_model(cfg.model, device, mesh, dtype, head="zero", checkpointing=cfg.activation_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    steps = -(-len(pairs) * cfg.epochs // cfg.batch)
+    rows = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs  # pairs seen, in all epochs
+    steps = -(-rows // cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
     going_on = f", going on after step {done}" if done else ""
@@ -217,7 +219,7 @@ def main(cfg):
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "reward model", steps):
         started = time.time()
-        batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, len(pairs) * cfg.epochs), len(pairs), cfg.seed)
+        batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, rows), len(pairs), cfg.seed)
         sums = torch.zeros(7, dtype=torch.float64, device=device)
         for part in deal(batch, lengths, cfg.micro_batch):
             scored = score_pairs(model, [pairs[i] for i in part or batch[:1]], device)  # all ranks: none left: weight 0

@@ -15,7 +15,7 @@ heads = 2
 [sft]
 seed = 7
 [reward_model]
-epochs = 1
+steps = 4
 [ppo]
 steps = 2
 save_every = 1
