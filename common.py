@@ -5,7 +5,8 @@ where a token counts; it comes from lengths, never from `ids == pad`. Names: pro
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
 padding around them.
 """
-import difflib, errno, functools, hashlib, inspect, json, math, os, random, re, shutil, sys, time, tomllib, types, typing
+import difflib, errno, functools, hashlib, inspect, json, math, os, random, re, shutil, sys, time, tomllib, types
+import typing
 from contextlib import contextmanager
 from pathlib import Path
 

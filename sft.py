@@ -1,11 +1,11 @@
 """Stage 0. The starting policy pi_0: demonstrations -> a model that follows instructions.
 
     python sft.py --model=MODEL --data=data/toy/sft.jsonl                       # one process
-    torchrun --nproc_per_node=8 sft.py                                          # the paper's: LLaMA-7B, AlpacaFarm's SFT split
+    torchrun --nproc_per_node=8 sft.py                                      # the paper's: LLaMA-7B, AlpacaFarm's split
 
-sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t) over the
-batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and number of ranks. The paper
-takes AlpacaFarm's SFT model; the defaults are that model's published script. Kept by checkpoint: a killed run goes on.
+sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t) over
+the batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and number of ranks.
+The paper takes AlpacaFarm's SFT model; the defaults are that model's published script. A killed run goes on.
 """
 import time
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from common import (check_input, check_model, cosine, deal, encode_prompt, encod
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "huggyllama/llama-7b"      # Hugging Face folder or hub name; a folder without weights: a new model, from seed
-    data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (`cut: ["output"]`: did not end by itself, gets no EOS)
+    model: str = "huggyllama/llama-7b"      # folder or hub name; a folder without weights: a new model, from seed
+    data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (`cut: ["output"]`: it gets no EOS)
     out: str = "out/sft"
     epochs: int = 3
     batch: int = 128                # rows per optimizer step, all ranks together
@@ -64,12 +64,13 @@ def main(cfg):
     steps = -(-len(prompts) * cfg.epochs // cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
-    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}" + (f", going on after step {done}" if done else ""))
+    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{f', {done} of them done' if done else ''}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "sft", steps):
         started = time.time()
-        batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, len(prompts) * cfg.epochs), len(prompts), cfg.seed)
+        stop = min((step + 1) * cfg.batch, len(prompts) * cfg.epochs)
+        batch = rows_at(step * cfg.batch, stop, len(prompts), cfg.seed)
         tokens = sum(len(responses[row]) for row in batch)  # of all ranks
         loss_sum = torch.zeros((), device=device)
         for part in deal(batch, lengths, cfg.micro_batch):
@@ -82,8 +83,8 @@ def main(cfg):
         norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {batch[:8]}...")
         loss = total(loss_sum).item()  # all ranks
         if step % cfg.log_every == 0 or step == steps - 1:
-            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=sum(lengths[row] for row in batch),
-                                      seconds=time.time() - started))
+            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - started,
+                                      tokens=sum(lengths[row] for row in batch)))
         if (step + 1) % cfg.resume_every == 0 and step + 1 < steps:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 

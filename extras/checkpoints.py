@@ -1,7 +1,7 @@
-"""What a killed run goes on from: weights and Adam's moments, as torch.distributed.checkpoint writes them in safetensors.
+"""What a killed run goes on from: weights and Adam's moments, in safetensors by torch.distributed.checkpoint.
 
-Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default format
-is not used: it unpickles.) Saved on any number of ranks, loaded on any other.
+Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default
+format is not used: it unpickles.) Saved on any number of ranks, loaded on any other.
 """
 import os, shutil
 from pathlib import Path

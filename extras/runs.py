@@ -1,8 +1,8 @@
 """What a run leaves of itself beside its result, so that it can be trusted and go on: the record of its config, a lock,
 metrics. The stages' main() uses it; no mathematics is in here.
 
-<out>/run.json (or <file>.run.json) is the resolved config with the inputs' fingerprints, the command, the commit and the
-versions. An interrupted run is resumed without being asked if that is the same, and refused with the differences if not.
+<out>/run.json (or <file>.run.json) is the resolved config with the inputs' fingerprints, the command, the commit and
+the versions. An interrupted run is resumed without being asked if that is the same, else refused with the differences.
 """
 import dataclasses, fcntl, hashlib, json, shutil, subprocess, sys, time
 from pathlib import Path

@@ -77,7 +77,7 @@ def samples(cfg, tokenizer, step, rows, responses, r, R):
     coloured by r_t (rank 0). rows of the data file; responses: lists of ids; r [.., T], R [..]"""
     if RANK > 0:
         return
-    from reward_model import paint
+    from extras.show_rewards import paint
     entries = [dict(step=step, instruction=row["instruction"], input=row.get("input") or "",
                     output=decode_response(tokenizer, ids), tokens=token_texts(tokenizer, ids),
                     token_rewards=r[i, :len(ids)].tolist(), reward=R[i].item())

@@ -10,7 +10,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForTokenClassification
 
 import common, reward_model
-from extras import runs
+from extras import runs, show_rewards
 from conftest import rows_of, run
 from data.paradetox import prepare as paradetox
 from data.qa_feedback import prepare as qa_feedback
@@ -96,11 +96,11 @@ ROWS = [dict(id="<1>", instruction="List <b>four</b> fruits.", input="", origina
 def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsys):
     common.write_jsonl(tmp_path / "edits.jsonl", ROWS)
     flags = [f"--model={world}/rm", f"{tmp_path}/edits.jsonl"]
-    reward_model.show(common.load_config(reward_model.ShowConfig, "reward_model.show", flags))
+    show_rewards.main(flags)
     shown = capsys.readouterr().out
     assert shown.count("R = ") == 4 and "\x1b" not in shown and "bear" in re.sub(r"\([+-]\d+\.\d\)", "", shown)
     page = tmp_path / "page.html"
-    reward_model.show(common.load_config(reward_model.ShowConfig, "reward_model.show", [*flags, f"--html={page}"]))
+    show_rewards.main([*flags, f"--html={page}"])
     text = Text(page.read_text(encoding="utf-8"))
     tokens = "".join(data for tag, data in text.spans if tag == "span" and data not in ("bad", "good"))
     assert "script" not in text.tags and "apple↵\nbear<script></s>" in tokens and "apple↵\npear</s>" in tokens and "tea␛[2J" in tokens
