@@ -95,7 +95,7 @@ qa)  # QA-Feedback: of 250 corrections the ones that fit; tested on other questi
     mkdir -p "$OUT/qa"
     cp "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
     diffs "$OUT/qa/edits.jsonl" 256
-    arms "$OUT/qa" "$OUT/qa" "$OUT/qa_feedback/edits_test.jsonl" --max_tokens=256 ;;
+    arms "$OUT/qa" "$OUT/qa" "$OUT/qa_feedback/edits_test.jsonl" --max_tokens=256 --batch=8 --micro_batch=8 ;;
 toy)  # the embedded world, where the truth is known: the same sequence-level loss on original and on edited pairs
     for seed in $TOY_SEEDS; do
         T=$OUT/toy/seed$seed; A=(config/demo.toml --seed="$seed")
