@@ -188,7 +188,7 @@ def replacing(path):
 def write_jsonl(path, rows):
     with replacing(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
+            file.write(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
 # ---------------------------------------------------------------- text and tokens
@@ -221,10 +221,15 @@ def lead(tokenizer):
     return ("\n", newline) if tokenizer.encode("x", add_special_tokens=False) != behind else ("", [])
 
 
+def whole_characters(text):
+    """Half a surrogate pair, which JSON files do hold, is no character: it becomes a question mark"""
+    return text.encode("utf-8", "replace").decode()
+
+
 def encode_prompt(tokenizer, row):
     """Alpaca's prompt of a row -> ids, with bos once where the model family puts one"""
     template = PROMPT_INPUT if row.get("input") else PROMPT
-    text = template.format(instruction=row["instruction"], input=row.get("input"))
+    text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
     bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id  # <s>: bare Llama
     return [tokenizer.bos_token_id] * bos + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
@@ -232,6 +237,7 @@ def encode_prompt(tokenizer, row):
 def encode_response(tokenizer, text, *, eos=True):
     """A response, as a rollout would hold it -> ids. eos=False: it was cut, it did not end by itself."""
     before, ids_before = lead(tokenizer)
+    text = whole_characters(text)
     ids = tokenizer.encode(before + text, add_special_tokens=False, split_special_tokens=True)  # a "</s>" in it is text
     return ids[len(ids_before):] + [tokenizer.eos_token_id] * eos
 

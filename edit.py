@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from common import check_input, check_model, fail, load_config, load_tokenizer, read_jsonl, say, write_jsonl
+from common import (check_input, check_model, fail, load_config, load_tokenizer, read_jsonl, say, whole_characters,
+                    write_jsonl)
 
 # The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the assistant's turn where the
 # model allows that, else TAGS ends the user's. They are defaults of fields: edit them here, in a preset, or as flags.
@@ -107,16 +108,12 @@ def build_request(cfg, row, longest=False):
     turns = [("user", f"{text}\n\n{cfg.tags}")]
     if not uses_tags(cfg):
         turns = [("user", text), ("assistant", cfg.prefill.rstrip())]  # white space at its end is refused
-    turns = [{"role": role, "content": sendable(content)} for role, content in turns]
+    turns = [{"role": role, "content": whole_characters(content)} for role, content in turns]
     # Room for an answer twice as long (a token is ~4 bytes) and, with Claude, for thinking, which counts, too.
-    room = len(sendable(row["original"]).encode()) // 2 + (1024 if cfg.editor == "claude" else 64)
+    room = len(whole_characters(row["original"]).encode()) // 2 + (1024 if cfg.editor == "claude" else 64)
     return dict(model=cfg.model, max_tokens=cfg.max_tokens if longest else min(room, cfg.max_tokens), messages=turns,
                 **({"system": cfg.system} if cfg.system else {}))
 
-
-def sendable(text):
-    """Half a surrogate, which JSON files do hold, is no UTF-8"""
-    return text.encode("utf-8", "replace").decode()
 
 
 # ---------------------------------------------------------------- replies: is this an edit?
@@ -321,7 +318,7 @@ def main(cfg):
         row = {name: rows[key][name] for name in ("id", "instruction", "input", "original")}
         row |= dict(edited=edited, editor=cfg.editor, model=model, stop_reason=reply.stop_reason, usage=reply.usage)
         row |= ({"error": error, "raw": reply.text} if edited is None else {}) | rows[key]
-        line = sendable(json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = whole_characters(json.dumps(row, ensure_ascii=False) + "\n").encode()
         with lock:
             if (written := file.write(line)) < len(line):  # one write; the disk is full: the torn line goes
                 file.truncate(file.tell() - written)

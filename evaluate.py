@@ -25,7 +25,7 @@ import torch
 
 from common import (RANK, WORLD, barrier, check_input, check_model, decode_response, encode_prompt, encode_response,
                     fail, fit_positions, generate, load_config, load_model, load_tokenizer, pack, read_jsonl,
-                    reward_level, row_uniforms, say, setup, unsharded, write_jsonl)
+                    reward_level, row_uniforms, say, setup, unsharded, whole_characters, write_jsonl)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def judge_request(cfg, pair, first):
     shown = dict(instruction=pair[0]["instruction"], input=pair[0].get("input") or "", first=pair[first - 1]["output"],
                  second=pair[2 - first]["output"], neutral=NEUTRAL if cfg.prompt == "length_neutral" else "")
     template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
-    text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template).encode("utf-8", "replace").decode()
+    text = whole_characters(re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template))
     return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
 
 

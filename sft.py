@@ -3,9 +3,9 @@
     python sft.py --model=MODEL --data=data/toy/sft.jsonl                       # one process
     torchrun --nproc_per_node=8 sft.py                                      # the paper's: LLaMA-7B, AlpacaFarm's split
 
-sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t) over
-the batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and number of ranks.
-The paper takes AlpacaFarm's SFT model; the defaults are that model's published script. A killed run goes on.
+sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t)
+over the batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and any number of
+ranks. The paper takes AlpacaFarm's SFT model; the defaults are that model's published script. A killed run goes on.
 """
 import time
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def main(cfg):
     steps = -(-len(prompts) * cfg.epochs // cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
-    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{f', {done} of them done' if done else ''}")
+    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{f', {done} are done' if done else ''}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "sft", steps):

@@ -16,9 +16,14 @@ from common import RANK, WORLD, fail, replacing, say, write_jsonl
 
 # ---------------------------------------------------------------- what wrote an output, and may it go on?
 
+def is_file(out):
+    """An output is a file if its name has a suffix of letters: edits.jsonl, but not out/rm_0.3"""
+    return Path(out).suffix[1:].isalpha()
+
+
 def record_path(out):
     """Where a run's resolved config stands: in its folder, or beside its file"""
-    return Path(f"{out}.run.json") if Path(out).suffix else Path(out, "run.json")
+    return Path(f"{out}.run.json") if is_file(out) else Path(out, "run.json")
 
 
 def record_of(out):
@@ -49,8 +54,7 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     free: fields that cannot change the result, so that an interrupted run may go on with other values. inputs: files
     and folders read, whose content is compared too; beside: names that may stand in out already. Another config,
     another's lock or a stranger's files end the run. Rank 0 decides; torchrun ends the others."""
-    out, is_file = Path(cfg.out), bool(Path(cfg.out).suffix)
-    old = {} if cfg.overwrite else record_of(out)
+    out, old = Path(cfg.out), {} if cfg.overwrite else record_of(cfg.out)
     if RANK > 0:
         return bool(old.get("finished"))
     record_path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,7 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
 
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     seen = {str(path): fingerprint(path) for path in inputs}
-    if cfg.overwrite and is_file:
+    if cfg.overwrite and is_file(out):
         out.unlink(missing_ok=True)
     elif cfg.overwrite:  # only what a run of ours leaves in a folder
         for file in (out / name for name in ("metrics.jsonl", "samples.jsonl", "config.json")):

@@ -114,6 +114,8 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
     release()
     assert begin(lr=2.0, overwrite=True) is False
     release()
+    assert runs.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
+    release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
@@ -148,6 +150,8 @@ def test_responses_come_back_to_the_character(world):
             assert common.encode_response(tokenizer, text, eos=False) == ids[:-1]
             assert "".join(common.token_texts(tokenizer, ids)) == text + tokenizer.eos_token
         assert common.encode_response(tokenizer, "The") != common.encode_response(tokenizer, " The")
+        half = common.encode_prompt(tokenizer, dict(instruction="half \ud83d")), common.encode_response(tokenizer, "half \ud83d")
+        assert half == (common.encode_prompt(tokenizer, dict(instruction="half ?")), common.encode_response(tokenizer, "half ?"))
 
 
 def test_a_dummy_space_is_kept_out():
