@@ -14,6 +14,7 @@ LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder laye
 SEEDS=${SEEDS:-0 1}               # of the order of pairs
 PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
 LONG=${LONG:-3200}                # ParaDetox: pairs of the one long run
+QA=${QA:-120}                     # QA-Feedback: corrections of each run, of which about half fit
 TOY_SEEDS=${TOY_SEEDS:-11 12 13 14 15}
 PARTS=${*:-people long toy qa tables}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
@@ -32,7 +33,7 @@ sys.exit(code)' "$@"
 measured() {  # measured RUN HELD_OUT flags...: a reward model and its figures; its weights are not kept
     [ -s "$1/rewards.json" ] && return
     timed "$1" reward_model.py "${@:3}" --out="$1" --log_every=5
-    timed "$1" evaluate.py rewards --reward_model="$1" --data="$2" --out="$1/rewards.json" --resamples=100
+    timed "$1" evaluate.py rewards --reward_model="$1" --data="$2" --out="$1/rewards.json" --resamples=100 ${REWARDS:-}
     rm -f "$1/model.safetensors"
 }
 diffs() {  # diffs EDITS: both masks, with and without gaps
@@ -90,12 +91,12 @@ long)  # once on many pairs, tested on the whole held-out file
     diffs "$OUT/many/edits.jsonl" 512
     measured "$OUT/long/seed0/anchor_03_gaps" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" \
         --loss=eq4 --anchor=0.3 $RM --batch=32 --micro_batch=32 --lr=6e-5 ;;
-qa)  # QA-Feedback: of 250 corrections the ones that fit; tested on other questions, with the spans that people marked
+qa)  # QA-Feedback: corrections that fit 256 tokens; tested on other questions, with the spans that people marked
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
-    mkdir -p "$OUT/qa"
-    cp "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
+    first "$QA" "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
+    first 100 "$OUT/qa_feedback/edits_test.jsonl" "$OUT/qa/test.jsonl"
     diffs "$OUT/qa/edits.jsonl" 256
-    arms "$OUT/qa" "$OUT/qa" "$OUT/qa_feedback/edits_test.jsonl" --max_tokens=256 --batch=8 --micro_batch=8 ;;
+    REWARDS=--max_tokens=256 arms "$OUT/qa" "$OUT/qa" "$OUT/qa/test.jsonl" --max_tokens=256 --batch=8 --micro_batch=8 ;;
 toy)  # the embedded world, where the truth is known: the same sequence-level loss on original and on edited pairs
     for seed in $TOY_SEEDS; do
         T=$OUT/toy/seed$seed; A=(config/demo.toml --seed="$seed")
