@@ -193,6 +193,8 @@ def main(cfg):
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
+    if cfg.steps is not None and cfg.steps < 1:
+        fail(f"--steps must be at least 1, got {cfg.steps} (None: epochs)")
     if cfg.anchor and cfg.loss == "sequence":
         fail("--anchor pulls token rewards to 0; with --loss=sequence there are none: leave it at 0")
     tokenizer = load_tokenizer(cfg.model)

@@ -279,6 +279,19 @@ def test_a_row_does_not_see_its_neighbours(model):
         assert all((x[i, len(r):] == 0).all() for x in together)
 
 
+def test_positions_begin_at_the_prompt_not_at_the_padding():
+    """Llama's positions are relative and forgive it; GPT-2's are not"""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)).eval()
+    prompts, responses = [[5, 6, 7], [4], [9, 9, 9, 9, 9]], [[8, 9], [10, 11, 12, 13, 3], [7]]
+    with torch.no_grad():
+        together = common.token_logprobs(absolute, *common.pack(prompts, responses, "cpu"))
+        for i, (p, r) in enumerate(zip(prompts, responses)):
+            slow = torch.log_softmax(absolute(torch.tensor([p + r])).logits[0], -1)[range(len(p) - 1, len(p) + len(r) - 1), r]
+            assert torch.allclose(together[i, :len(r)], slow, atol=1e-5)
+
+
 def test_draws_are_uniform_and_a_rows_own():
     draws = torch.stack([common.row_uniforms(200, 0, 0, row) for row in range(50)])
     assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.02 and len(set(draws.flatten().tolist())) > 9900
@@ -297,3 +310,13 @@ def test_deal_gives_every_row_once_and_every_rank_as_many_forwards(monkeypatch):
         assert len({len(parts) for parts in dealt}) == 1
         shares = [sum(lengths[row] for part in parts for row in part) for parts in dealt]
         assert max(shares) <= 1.2 * sum(shares) / world
+
+
+def test_deal_goes_to_and_fro(monkeypatch):
+    """If one rank had the longer row of each turn, it would have 52% of these tokens, not 50"""
+    monkeypatch.setattr(common, "WORLD", 2)
+    lengths, shares = [n * n for n in range(1, 41)], []
+    for rank in range(2):
+        monkeypatch.setattr(common, "RANK", rank)
+        shares.append(sum(lengths[row] for part in common.deal(range(40), lengths, 4) for row in part))
+    assert max(shares) <= 0.502 * sum(shares)

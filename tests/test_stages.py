@@ -71,6 +71,15 @@ def test_pref_file_marks_the_preferred_answer_as_w(world):
         assert common.decode_response(tokenizer, pair[1]) == row[f"output_{row['preference']}"]
 
 
+def test_steps_stand_instead_of_epochs(world, tmp_path):
+    """--steps: the same number for arms with more and fewer pairs, beyond an epoch of the data, its last batch whole"""
+    run("reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", f"--out={tmp_path}/out", *RM, "--steps=5")
+    rows = rows_of(tmp_path / "out/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(5)) and len(rows_of(world / "diffs.jsonl")) < 5 * 16
+    assert rows[-1]["lr"] < rows[1]["lr"] <= 1e-3  # the schedule ends with the steps
+    refused(tmp_path / "no", "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--steps=0", saying=("--steps",))
+
+
 def test_cut_answers_get_no_eos(world, tmp_path):
     tokenizer = common.load_tokenizer(world / "sft")
     row = dict(instruction="List four fruits.", input="", output_1="pear", output_2="plum", preference=1, cut=["output_2"])
