@@ -5,8 +5,7 @@ where a token counts; it comes from lengths, never from `ids == pad`. Names: pro
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
 padding around them.
 """
-import difflib, errno, functools, hashlib, inspect, json, math, os, random, re, shutil, sys, time, tomllib, types
-import typing
+import functools, hashlib, json, math, os, random, re, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,88 +39,6 @@ def say(*words):
     if RANK == 0:
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
-
-
-def one_line(kind, error, trace):
-    """sys.excepthook: Ctrl-C and a full or read-only disk are the user's business, not a traceback"""
-    if kind is BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
-    if kind is KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-        print(f"{Path(sys.argv[0]).name}: cannot write {error.filename or ''}: {error.strerror}; what was written "
-              "before is valid: free some space (or choose another --out), run the same command again", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-# ---------------------------------------------------------------- config: stage.py [preset.toml] [--field=value]
-
-TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.show ppo evaluate evaluate.decode "
-          "evaluate.judge evaluate.winrate evaluate.rewards evaluate.report").split()  # of a preset
-
-
-def parse(text, kind, where):
-    """The text of a flag or preset as the field's annotated type; never guessed from the text itself."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):  # X | None
-        return None if text == "None" else parse(text, next(a for a in args if a is not type(None)), where)
-    if origin is typing.Literal:
-        return text if text in args else fail(f"{where} must be one of {', '.join(args)}, got {text!r}")
-    if origin is list:
-        return [] if text in ("", "[]") else [parse(item, args[0], where) for item in text.split(",")]
-    try:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        fail(f"{where} must be {kind.__name__}{' (true or false)' if kind is bool else ''}, got {text!r}")
-
-
-def did_you_mean(name, names, form="{!r}"):
-    near = difflib.get_close_matches(name, names, 1)
-    return f". Did you mean {form.format(near[0])}?" if near else "; --help lists them"
-
-
-def read_preset(path, table):
-    """field -> text of one [table] of a preset. Tables that no stage reads are refused."""
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{path}: {getattr(error, 'strerror', None) or error}")
-    for name, content in list(tables.items()):  # [evaluate.decode] stands inside [evaluate]
-        inner = {k: v for k, v in content.items() if isinstance(v, dict)} if isinstance(content, dict) else {}
-        tables |= {f"{name}.{k}": v for k, v in inner.items()}
-    for name, content in tables.items():
-        if name not in TABLES or not isinstance(content, dict):
-            fail(f"{path}: {name!r} is not a table of a stage" + did_you_mean(name, TABLES, "[{}]"))
-    return {k: ",".join(map(str, v)) if isinstance(v, list) else str(v)
-            for k, v in tables.get(table, {}).items() if not isinstance(v, dict)}
-
-
-def load_config(Config, table=None, argv=None):
-    """Config from its defaults, then the presets and flags of argv, the rightmost winning. A positional argument that
-    ends in .toml is a preset (its [table] is read; default: the script's name), any other is `data`."""
-    sys.excepthook = one_line
-    module = sys.modules[Config.__module__]
-    table, argv = table or Path(module.__file__).stem, sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(module.__doc__ + "\n" + inspect.getsource(Config))
-        raise SystemExit(0)
-    given, positional = [], []  # (field, its text, where it stands)
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, text = word[2:].partition("=")
-            given.append((name, text, "command line") if equals else fail(f"command line: write --{name}=value"))
-        elif word.endswith(".toml"):
-            given += [(name, text, f"{word} [{table}]") for name, text in read_preset(word, table).items()]
-        else:
-            positional.append(word)
-    given += [("data", ",".join(positional), "command line")] if positional else []
-    kinds, values = typing.get_type_hints(Config), {}
-    for name, text, where in given:
-        if name not in kinds:
-            fail(f"{where}: unknown option {name!r}" + did_you_mean(name, kinds))
-        values[name] = parse(text, kinds[name], f"{where}: {name}")
-    return Config(**values)
 
 
 # ---------------------------------------------------------------- files
@@ -249,17 +166,6 @@ def decode_response(tokenizer, ids):
     return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
 
 
-def token_texts(tokenizer, ids):
-    """The text of each token, for pictures: joined they are the response. Part of a character is "" until the last."""
-    texts, done = [], ""
-    for end in range(1, len(ids) + 1):
-        text = decode_response(tokenizer, [*ids[:end], tokenizer.eos_token_id])
-        whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
-        texts.append(text[len(done):] if whole else "")
-        done = text if whole else done
-    return texts
-
-
 def tokenizer_hash(tokenizer):
     """Two tokenizers are one if their vocabulary and special ids agree (pad never matters here)"""
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
@@ -328,15 +234,6 @@ def deal(rows, lengths, micro_batch):
 
 
 # ---------------------------------------------------------------- models
-
-def reward_level(path):
-    """"token" or "sequence": what kind of reward model a folder holds"""
-    kinds = " ".join(json.loads(Path(path, "config.json").read_text()).get("architectures") or [])
-    for level in ("token", "sequence"):
-        if f"For{level.title()}Classification" in kinds:
-            return level
-    fail(f"{path} is no reward model (config.json says {kinds or 'nothing'}); make one with: python reward_model.py")
-
 
 def fit_positions(path, flag, length):
     """fail() if rows are longer than the model's positions"""
@@ -410,32 +307,6 @@ def unsharded(model):
             part.reshard()
             part.set_reshard_after_forward(part is not model, recurse=False)
         model.train(training)
-
-
-def save_model(model, tokenizer, out, dtype, *, sequence=False):
-    """A Hugging Face folder that anything loads; config.json comes last and makes it valid. All ranks.
-
-    sequence: named ...ForSequenceClassification. That class pools the last id that is not pad: pad must not be eos."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if RANK == 0:
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        folder = Path(out, "saving.tmp")
-        shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(folder, state_dict={name: w.to(dtype).contiguous() for name, w in state.items()})
-        config = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
-        if sequence:
-            config["architectures"] = [name.replace("ForToken", "ForSequence") for name in config["architectures"]]
-            ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-            config["pad_token_id"] = next(i for i in ids if i is not None and i != tokenizer.eos_token_id)
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config["pad_token_id"])
-        tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, Path(out, file.name))
-        folder.rmdir()
-    barrier()
 
 
 # ---------------------------------------------------------------- forward: every shift by one is done here, once

@@ -17,8 +17,8 @@ import json, sys
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
-from common import (check_input, check_model, encode_prompt, encode_response, fail, load_config, load_tokenizer,
-                    read_jsonl, replacing, say, token_texts, tokenizer_hash)
+from common import (check_input, check_model, encode_prompt, encode_response, fail, load_tokenizer, read_jsonl,
+                    replacing, say, tokenizer_hash)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def diff_row(row, tokenizer, gaps=False):
 def segments(original_texts, original_changed, edited_texts, edited_changed, blamed=()):
     """Both answers as one text -> [kind, text]s: "-" removed, "+" added, " " in both, "~" in both but blamed for a gap.
 
-    texts: one string per token (common.token_texts); the masks are those without gaps; blamed: the places, in the
+    texts: one string per token (extras.pages.token_texts); the masks are those without gaps; blamed: the places, in the
     original, of unchanged tokens that gaps would put into U_1 on either side."""
     spans, i, j = [], 0, 0
     while i < len(original_texts) or j < len(edited_texts):
@@ -189,6 +189,7 @@ def plain(text):
 
 def show(cfg):
     """The first n changed pairs of an edits file, in the terminal or as a page"""
+    from extras.pages import diff_page, token_texts
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py")
     tokenizer, pictures = load_tokenizer(cfg.tokenizer), []
@@ -205,7 +206,6 @@ def show(cfg):
         title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
         pictures.append((title, row, texts_l, changed_l, texts_w, changed_w, blamed))
     if cfg.html:
-        from extras.pages import diff_page
         pairs = [(title, row, segments(*pair)) for title, row, *pair in pictures]
         return diff_page(cfg.html, cfg.data, pairs, cfg.overwrite)
     for title, row, *pair, blamed in pictures:
@@ -247,6 +247,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     if sys.argv[1:2] == ["show"]:
         show(load_config(Config, "diff.show", sys.argv[2:]))
     else:

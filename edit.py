@@ -24,8 +24,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from common import (check_input, check_model, fail, load_config, load_tokenizer, read_jsonl, say, whole_characters,
-                    write_jsonl)
+from common import check_input, check_model, fail, load_tokenizer, read_jsonl, say, whole_characters, write_jsonl
 
 # The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the assistant's turn where the
 # model allows that, else TAGS ends the user's. They are defaults of fields: edit them here, in a preset, or as flags.
@@ -375,6 +374,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     if sys.argv[1:2] == ["stats"]:
         from extras.edit_stats import main as stats
         stats(sys.argv[2:])

@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 
 from common import (RANK, WORLD, barrier, check_input, check_model, decode_response, encode_prompt, encode_response,
-                    fail, fit_positions, generate, load_config, load_model, load_tokenizer, pack, read_jsonl,
-                    reward_level, row_uniforms, say, setup, unsharded, whole_characters, write_jsonl)
+                    fail, fit_positions, generate, load_model, load_tokenizer, pack, read_jsonl, row_uniforms, say,
+                    setup, unsharded, whole_characters, write_jsonl)
+from reward_model import reward_level
 
 
 @dataclass(frozen=True)
@@ -387,6 +388,7 @@ WORDS = dict(decode=(decode, DecodeConfig), judge=(judge, JudgeConfig), winrate=
              rewards=(rewards, RewardsConfig), report=(report, ReportConfig))
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in ("--help", "-h"):
         print(__doc__)

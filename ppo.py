@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 
 from common import (RANK, WORLD, check_input, check_model, deal, encode_prompt, epoch_order, fail, fit_positions,
-                    generate, load_config, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, reward_level,
-                    row_uniforms, rows_at, save_model, say, setup, token_heads, token_logprobs, tokenizer_hash, total,
-                    unsharded)
+                    generate, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, row_uniforms, rows_at, say,
+                    setup, token_heads, token_logprobs, tokenizer_hash, total, unsharded)
+from reward_model import reward_level
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def check(cfg):
 
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
     from extras.runs import begin, finish, log_metrics, logged, progress, record_of, trim_logs
     from extras import watch  # alarms, samples, wandb, SIGTERM: what is beside the story
     if cfg.plan:
@@ -408,4 +408,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     main(load_config(Config))

@@ -16,16 +16,17 @@ In [3] the paper writes sum_U0 once, as if r_t were equal on both sides; it is n
 edit), so eq3 keeps both sums. Eq. 4 never trains r_t on U_0, which PPO will sum all the same: `anchor` pulls it to 0
 (ours, off by default).
 """
-import sys, time
+import json, sys, time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
-                    load_config, load_model, load_tokenizer, optimizer_step, read_jsonl, rows_at, save_model, say,
-                    setup, tokenizer_hash, total, upcast)
+                    load_model, load_tokenizer, optimizer_step, read_jsonl, rows_at, say, setup, tokenizer_hash, total,
+                    upcast)
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,19 @@ def evaluate(model, pairs, cfg, device):
     return dict(eval_accuracy=accuracy, eval_margin=margin, eval_loss=loss)
 
 
+def reward_level(path):
+    """"token" or "sequence": what kind of reward model a folder holds"""
+    kinds = " ".join(json.loads(Path(path, "config.json").read_text()).get("architectures") or [])
+    for level in ("token", "sequence"):
+        if f"For{level.title()}Classification" in kinds:
+            return level
+    fail(f"{path} is no reward model (config.json says {kinds or 'nothing'}); make one with: python reward_model.py")
+
+
 # ---------------------------------------------------------------- the stage
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
@@ -254,6 +264,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     if sys.argv[1:2] == ["show"]:
         from extras.show_rewards import main as show
         show(sys.argv[2:])

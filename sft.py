@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
-                    load_config, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, rows_at, save_model, say,
-                    setup, token_logprobs, total)
+                    load_model, load_tokenizer, optimizer_step, pack, read_jsonl, rows_at, say, setup, token_logprobs,
+                    total)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
 
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint
+    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Hugging Face model")
@@ -94,4 +94,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    from extras.command_line import load_config
     main(load_config(Config))

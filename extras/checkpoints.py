@@ -1,16 +1,18 @@
-"""What a killed run goes on from: weights and Adam's moments, in safetensors by torch.distributed.checkpoint.
+"""What a run keeps: the model that others load, and what a killed run goes on from, in safetensors by
+torch.distributed.checkpoint. No mathematics is in here.
 
-Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default
+A checkpoint holds weights and Adam's moments. Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default
 format is not used: it unpickles.) Saved on any number of ranks, loaded on any other.
 """
-import os, shutil
+import json, os, shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 
 from common import RANK, WORLD, barrier
 
@@ -53,3 +55,28 @@ def load_checkpoint(out, models, optimizer):
                        model_state_dict={k: tensors.get(k, w) for k, w in weights.items()},
                        optim_state_dict={k: tensors.get(k, m) for k, m in moments.items()})
     return step
+
+
+def save_model(model, tokenizer, out, dtype, *, sequence=False):
+    """A Hugging Face folder that anything loads; config.json comes last and makes it valid. All ranks.
+
+    sequence: named ...ForSequenceClassification. That class pools the last id that is not pad: pad must not be eos."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if RANK == 0:
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        folder = Path(out, "saving.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder, state_dict={name: w.to(dtype).contiguous() for name, w in state.items()})
+        config = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
+        if sequence:
+            config["architectures"] = [name.replace("ForToken", "ForSequence") for name in config["architectures"]]
+            ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
+            config["pad_token_id"] = next(i for i in ids if i is not None and i != tokenizer.eos_token_id)
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config["pad_token_id"])
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, Path(out, file.name))
+        folder.rmdir()
+    barrier()

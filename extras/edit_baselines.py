@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import (check_input, encode_response, fail, load_config, load_tokenizer, read_jsonl, say, token_texts,
-                    write_jsonl)
+from common import check_input, encode_response, fail, load_tokenizer, read_jsonl, say, write_jsonl
+from extras.command_line import load_config
+from extras.pages import token_texts
 from diff import EDIT_FIELDS, align
 from evaluate import mean_and_error
 from extras.reward_figures import auroc, token_auroc

@@ -4,7 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import diff
-from common import check_input, load_config, load_tokenizer, read_jsonl, say, token_texts
+from common import check_input, load_tokenizer, read_jsonl, say
+from extras.command_line import load_config
+from extras.pages import token_texts
 
 
 @dataclass(frozen=True)

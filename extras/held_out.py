@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from common import (RANK, check_input, check_model, deal, fail, fit_positions, load_model, load_tokenizer, pack,
-                    replacing, reward_level, say, setup, token_heads, total)
+                    replacing, say, setup, token_heads, total)
 from extras.runs import begin, finish
 from evaluate import tell
 from extras.reward_figures import figures_of, read_held_out
+from reward_model import reward_level
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 import html
 from pathlib import Path
 
-from common import fail, replacing, say
+from common import decode_response, fail, replacing, say
 from diff import plain
 
 MARK = "<!-- a page of show -->"
@@ -27,6 +27,17 @@ ins { background: rgb(var(--good) / .25); text-decoration: underline }
 mark { background: rgb(var(--blame) / .3); text-decoration: underline dotted }
 .tokens .changed { border-bottom: 2px solid var(--ink) }
 """
+
+
+def token_texts(tokenizer, ids):
+    """The text of each token, for pictures: joined they are the response. Part of a character is "" until the last."""
+    texts, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = decode_response(tokenizer, [*ids[:end], tokenizer.eos_token_id])
+        whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        texts.append(text[len(done):] if whole else "")
+        done = text if whole else done
+    return texts
 
 
 def safe(text):

@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 
 import torch
 
-from common import encode_prompt, encode_response, fail, read_jsonl, token_texts
+from common import encode_prompt, encode_response, fail, read_jsonl
+from extras.pages import token_texts
 from diff import align
 from evaluate import mean_and_error
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
-from common import (check_input, check_model, encode_prompt, encode_response, fail, load_config, load_model,
-                    load_tokenizer, pack, read_jsonl, reward_level, setup, token_heads, token_texts)
+from common import (check_input, check_model, encode_prompt, encode_response, fail, load_model, load_tokenizer, pack,
+                    read_jsonl, setup, token_heads)
+from extras.command_line import load_config
 from diff import align, plain
+from extras.pages import rewards_page, token_texts
+from reward_model import reward_level
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,6 @@ def show(cfg):
                 answers.append((title, R, token_texts(tokenizer, answer), r, changed.get(name)))
         rows.append((first, answers))
     if cfg.html:
-        from extras.pages import rewards_page
         return rewards_page(cfg.html, cfg.model, rows, cfg.overwrite)
     for row, answers in rows:
         print(f"\n{plain(row['instruction'])}  {plain(row.get('input') or '')}")

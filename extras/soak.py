@@ -19,8 +19,9 @@ PPO = ("--steps=48 --rollout_batch=16 --rollout_micro_batch=4 --score_micro_batc
 
 def run(log, phase, skip, calls):
     """ppo.py with its arguments; kill -9 at the calls-th call in a phase, after `skip` of them. "none": only count"""
-    import common, ppo
+    import ppo
     from extras import checkpoints
+    from extras.command_line import load_config
     def tell(*words):
         if phase != "other rank":
             os.write(log_file, (" ".join(map(str, words)) + "\n").encode())
@@ -63,8 +64,8 @@ def run(log, phase, skip, calls):
 
     checkpoints.dcp.save, checkpoints.save_checkpoint = write, save_checkpoint
     ppo.roll_out, ppo.update = inside("rollout", ppo.roll_out), inside("update", ppo.update)
-    ppo.save_model = inside("model folder", ppo.save_model)
-    ppo.main(common.load_config(ppo.Config))
+    checkpoints.save_model = inside("model folder", checkpoints.save_model)
+    ppo.main(load_config(ppo.Config))
 
 
 # ---------------------------------------------------------------- the driver

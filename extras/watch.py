@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from common import RANK, decode_response, fail, say, token_texts, total
+from common import RANK, decode_response, fail, say, total
+from extras.pages import token_texts
 from extras.checkpoints import save_checkpoint
 
 

@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 from extras import runs
+from extras.command_line import load_config
+from extras.pages import token_texts
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Config:
 
 
 def config(*argv):
-    return common.load_config(Config, "ppo", list(argv))
+    return load_config(Config, "ppo", list(argv))
 
 
 def mistake(capsys, call, *parts):
@@ -148,7 +150,7 @@ def test_responses_come_back_to_the_character(world):
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
             assert common.decode_response(tokenizer, ids) == text
             assert common.encode_response(tokenizer, text, eos=False) == ids[:-1]
-            assert "".join(common.token_texts(tokenizer, ids)) == text + tokenizer.eos_token
+            assert "".join(token_texts(tokenizer, ids)) == text + tokenizer.eos_token
         assert common.encode_response(tokenizer, "The") != common.encode_response(tokenizer, " The")
         half = common.encode_prompt(tokenizer, dict(instruction="half \ud83d")), common.encode_response(tokenizer, "half \ud83d")
         assert half == (common.encode_prompt(tokenizer, dict(instruction="half ?")), common.encode_response(tokenizer, "half ?"))

@@ -1,8 +1,6 @@
 """diff.py against brute force, and what a person sees of it: pytest tests/test_diff.py"""
-import functools, itertools, json, random, time
+import functools, json, random, time
 from html.parser import HTMLParser
-
-import pytest
 
 import common, diff
 from conftest import rows_of, run

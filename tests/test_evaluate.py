@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-import common, evaluate
+import evaluate
 from extras import runs
+from extras.command_line import load_config
 from claude_standin import Standin
 from common import decode_response, encode_prompt, encode_response, load_tokenizer, row_uniforms
 from conftest import ROOT, rows_of, run
@@ -30,7 +31,7 @@ def here(word, *flags, ok=True, **env):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict(os.environ, env):
         try:
             function, Config = evaluate.WORDS[word]
-            function(common.load_config(Config, f"evaluate.{word}", list(map(str, flags))))
+            function(load_config(Config, f"evaluate.{word}", list(map(str, flags))))
         except SystemExit as end:
             code = end.code
     sys.excepthook = hook

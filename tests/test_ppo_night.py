@@ -1,7 +1,6 @@
 """ppo.py through the night: killed, told to stop, given a NaN, on two machines, with a rank that fails.
 pytest tests/test_ppo_night.py"""
 import os, signal, socket, subprocess, sys, time
-from pathlib import Path
 
 import pytest, torch
 from conftest import PPO, ROOT, python, rows_of, run

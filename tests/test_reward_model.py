@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForTokenClassification
 
 import common, reward_model
 from extras import runs, show_rewards
-from conftest import rows_of, run
+from conftest import rows_of
 from data.paradetox import prepare as paradetox
 from data.qa_feedback import prepare as qa_feedback
 from extras import edit_baselines, study_tables

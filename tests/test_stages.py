@@ -1,5 +1,5 @@
 """Each stage as a user runs it: outputs, one process against two ranks, kill and resume, every refusal. pytest tests/test_stages.py"""
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -7,7 +7,8 @@ from conftest import PPO, RM, ROOT, SFT, rows_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-import common, ppo, reward_model
+import common, reward_model
+from extras.checkpoints import save_model
 
 TIMINGS = ("seconds", "rollout_s", "score_s", "update_s", "tokens_per_s", "peak_gb")
 
@@ -61,7 +62,7 @@ def test_a_reward_model_opens_in_plain_transformers_with_the_same_rewards(world,
             assert torch.allclose(logits[i, len(p):len(p) + len(a), 0], r[i, :len(a)], atol=1e-5)
         else:
             assert pad != tokenizer.eos_token_id and torch.allclose(logits[i, 0], r[i, len(a) - 1], atol=1e-5)
-    assert plain.score.bias is None and common.reward_level(world / name) == ("token" if name == "rm" else "sequence")
+    assert plain.score.bias is None and reward_model.reward_level(world / name) == ("token" if name == "rm" else "sequence")
 
 
 def test_pref_file_marks_the_preferred_answer_as_w(world):
@@ -117,7 +118,7 @@ def test_ppo_raises_a_planted_reward(world, tmp_path):
         model.score.weight[:] = 0
         model.score.weight[0, 0] = 1
     home.mkdir()
-    common.save_model(model, tokenizer, home, torch.float32)
+    save_model(model, tokenizer, home, torch.float32)
     run("ppo.py", f"--policy={world}/sft", f"--reward_model={home}", f"--data={world}/data/prompts.jsonl", f"--out={tmp_path}/out", *PPO,
         "--steps=12", "--rollout_batch=32", "--batch=16", "--micro_batch=16", "--lr=3e-3", "--kl_coef=0", "--lr_epochs=9", "--warmup_steps=1")
     said = [row["token_reward"] for row in rows_of(tmp_path / "out/metrics.jsonl")]

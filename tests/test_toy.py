@@ -7,9 +7,10 @@ import torch
 from conftest import ROOT, rows_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import decode_response, encode_prompt, encode_response, load_config, PROMPT, write_jsonl
+from common import decode_response, encode_prompt, encode_response, PROMPT, write_jsonl
 from data.toy.prepare import (CATEGORIES, CLOSING, HARMLESS, ITEMS, NUMBERS, OCCASIONS, RUDE, VERBS, Config, gold, main,
                               mend, write_answer, write_pairs)
+from extras.command_line import load_config
 from extras.bag_of_tokens import count_differences, fit
 
 FILES = ["sft.jsonl", "pref.jsonl", "pref_heldout.jsonl", "prompts.jsonl", "val.jsonl", "eval.jsonl"]
@@ -290,7 +291,7 @@ def test_mistakes(tmp_path, capfd, flag, words):
 
 def test_the_default_folder_holds_the_script(tmp_path):
     """python data/toy/prepare.py, from an empty clone and from another working directory"""
-    for name in ("common.py", "extras/runs.py", "data/toy/prepare.py"):
+    for name in ("common.py", "extras/command_line.py", "extras/runs.py", "data/toy/prepare.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, tmp_path / "data/toy/prepare.py", "--sft_rows=20"], cwd=tmp_path, capture_output=True, text=True)

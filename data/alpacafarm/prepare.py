@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, fits, load_config, say, write_jsonl
+from common import fail, fits, say, write_jsonl
+from extras.command_line import load_config
 from extras.runs import begin, finish
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, load_config, say, write_jsonl
+from common import fail, say, write_jsonl
+from extras.command_line import load_config
 from extras.runs import begin, finish
 
 

@@ -16,7 +16,8 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, load_config, say, write_jsonl
+from common import fail, say, write_jsonl
+from extras.command_line import load_config
 from extras.runs import begin, finish
 from data.paradetox.prepare import edit, fetch
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import PROMPT, fail, load_config, say, write_jsonl
+from common import PROMPT, fail, say, write_jsonl
+from extras.command_line import load_config
 from extras.runs import begin, finish
 
 
