@@ -43,6 +43,7 @@ diffs() {  # diffs EDITS: both masks, with and without gaps
     done
 }
 arms() {  # arms RUNS FOLDER HELD_OUT flags...: every loss on the same pairs, in the same order, with the same steps
+    # gaps change neither a sequence reward nor Eq. 3, whose two sums together are those over all tokens
     local seed name loss anchor gaps
     for seed in $SEEDS; do
         while read -r name loss anchor gaps; do
@@ -51,10 +52,13 @@ arms() {  # arms RUNS FOLDER HELD_OUT flags...: every loss on the same pairs, in
         done <<< "sequence sequence 0 false
 eq3 eq3 0 false
 eq4 eq4 0 false
+eq4_gaps eq4 0 true
 anchor_003 eq4 0.03 false
+anchor_003_gaps eq4 0.03 true
 anchor_01 eq4 0.1 false
 anchor_01_gaps eq4 0.1 true
-anchor_03 eq4 0.3 false"
+anchor_03 eq4 0.3 false
+anchor_03_gaps eq4 0.3 true"
     done
 }
 

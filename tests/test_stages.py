@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import common, reward_model
+from extras import checkpoints
 from extras.checkpoints import save_model
 
 TIMINGS = ("seconds", "rollout_s", "score_s", "update_s", "tokens_per_s", "peak_gb")
@@ -74,6 +75,14 @@ def test_a_sequence_model_is_never_padded_with_eos(world, tmp_path):
     save_model(model, tokenizer, tmp_path, torch.float32, sequence=True)
     pad = AutoModelForSequenceClassification.from_pretrained(tmp_path).config.pad_token_id
     assert pad not in (None, tokenizer.eos_token_id) and pad == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
+
+
+def test_a_models_config_comes_last(world, tmp_path, monkeypatch):
+    """config.json makes a folder valid: whoever is killed before it has left no model"""
+    model, moved, replace = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32), [], checkpoints.os.replace
+    monkeypatch.setattr(checkpoints.os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
+    save_model(model, common.load_tokenizer(f"{world}/sft"), tmp_path, torch.float32)
+    assert len(moved) >= 4 and moved[-1] == "config.json" and {"model.safetensors", "tokenizer.json"} <= set(moved)
 
 
 def test_pref_file_marks_the_preferred_answer_as_w(world):
