@@ -447,7 +447,7 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
         fail(f"{where}: the gradient's norm is {norm}; nothing was updated, the last checkpoint is good. "
              "Lower --lr, or look at the rows")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

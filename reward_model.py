@@ -44,6 +44,7 @@ class Config:
     micro_batch: int = 4            # pairs per forward and rank; changes memory and speed only
     lr: float = 3e-6                # peak; linear warm-up, then cosine to 0
     warmup: float = 0.03            # share of the steps
+    head_lr_factor: float = 1.0     # the new head's rate is lr times this; below 1 r_t stays small, the backbone learns
     max_tokens: int = 512           # prompt + answer; longer pairs are dropped and counted
     max_grad_norm: float | None = 1.0       # None: no clipping
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto: bfloat16 on GPU. Weights are float32
@@ -218,7 +219,9 @@ def main(cfg):
     # ---------------------------------------------------------------- model
     device, mesh, dtype = setup(cfg.dtype)
     model = load_model(cfg.model, device, mesh, dtype, head="zero", checkpointing=cfg.activation_checkpointing)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([dict(params=list(model.base_model.parameters()), lr_factor=1.0),
+                                   dict(params=list(model.score.parameters()), lr_factor=cfg.head_lr_factor)],
+                                  lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     rows = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs  # pairs seen, in all epochs
     steps = -(-rows // cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)

@@ -242,7 +242,7 @@ def lines(path):
 @pytest.mark.parametrize("stage", ["sft", "reward_model"])  # ppo.py: test_ppo_night.py
 def test_kill_and_run_again_equals_an_undisturbed_run(world, tmp_path, stage):
     words = {"sft": ["sft.py", f"--model={world}/data/model", f"--data={world}/data/sft.jsonl", *SFT, "--resume_every=2", "--epochs=4"],
-             "reward_model": ["reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", *RM, "--resume_every=2", "--epochs=6"]}[stage]
+             "reward_model": ["reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", *RM, "--resume_every=2", "--epochs=6", "--head_lr_factor=0.5"]}[stage]
     run(*words, f"--out={tmp_path}/whole")
     for steps in (1, 3, 5):
         process = start(*words, f"--out={tmp_path}/killed")
