@@ -85,6 +85,24 @@ def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
     mistake(capsys, lambda: common.read_jsonl(path, fields), str(path), "no rows")
 
 
+def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/ready").mkdir(parents=True)
+    (tmp_path / "mine/ready/config.json").write_text("{}")
+    for good in ("org/some-Model_1.5", "mine/ready", tmp_path / "mine/ready"):
+        common.check_model(good, "model", "python sft.py")
+    for bad in ("mine/unfinished", "out/sft", "data/model", "name", "./a/b", tmp_path / "none"):
+        mistake(capsys, lambda: common.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new/a.jsonl"
+    common.write_jsonl(path, [{"a": 1}])
+    with pytest.raises(ZeroDivisionError):
+        common.write_jsonl(path, ({"a": 1 / n} for n in (1, 0)))
+    assert path.read_text() == '{"a": 1}\n'
+
+
 def test_a_lone_surrogate_is_data(tmp_path):
     common.write_jsonl(tmp_path / "a.jsonl", [{"a": "half \ud83d <b>"}])
     assert "<b>" in common.read_jsonl(tmp_path / "a.jsonl", {"a": str})[0]["a"]
