@@ -13,8 +13,8 @@ PYTHON=${PYTHON:-python}
 LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: two CPU cores are to do
 SEEDS=${SEEDS:-0 1}               # of the order of pairs
 PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
-LONG=${LONG:-3200}                # ParaDetox: pairs of the one long run
-QA=${QA:-120}                     # QA-Feedback: corrections of each run, of which about half fit
+LONG=${LONG:-20000}               # ParaDetox: rewrites of the one long run; there are 18,099
+QA=${QA:-250}                     # QA-Feedback: corrections of each run, of which about half fit
 TOY_SEEDS=${TOY_SEEDS:-11 12 13 14 15}
 PARTS=${*:-people long toy qa tables}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
@@ -86,15 +86,15 @@ people)  # a few pairs, tested on 150 comments of the held-out file; and what ne
     first 150 "$P/edits_test.jsonl" "$OUT/few/test.jsonl"
     diffs "$OUT/few/edits.jsonl" 512
     arms "$OUT/people" "$OUT/few" "$OUT/few/test.jsonl"
-    for n in "$PAIRS" "$LONG" 0; do
+    for n in "$PAIRS" 3200 0; do
         [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" \
             --limit="$n" --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
     done ;;
-long)  # once on many pairs, tested on the whole held-out file
-    first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
+long)  # once on all rewrites, tested on the whole held-out file
+    first "$LONG" "$P/edits_train.jsonl" "$OUT/many/edits.jsonl"
     diffs "$OUT/many/edits.jsonl" 512
-    measured "$OUT/long/seed0/anchor_03_gaps" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" \
-        --loss=eq4 --anchor=0.3 $RM --batch=32 --micro_batch=32 --lr=6e-5 ;;
+    measured "$OUT/long/seed0/anchor_1_gaps_slow_head" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" \
+        --loss=eq4 --anchor=1 $RM --batch=32 --micro_batch=32 --lr=3e-4 --head_lr_factor=0.1 ;;
 qa)  # QA-Feedback: corrections that fit 256 tokens; tested on other questions, with the spans that people marked
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
     first "$QA" "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
