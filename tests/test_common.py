@@ -3,9 +3,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import pytest, torch
+import pytest, sentencepiece, torch
 from conftest import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import common
 from extras import runs
@@ -150,7 +150,7 @@ def test_a_stream_goes_through_every_row_each_epoch():
 
 # ---------------------------------------------------------------- tokens
 
-TEXTS = ["The", " The", "  two", " ", "://x", "\n\n1.", "", "</s> <s> <|im_end|>", "é😀\t x\r\n", "a" * 40, "{input} {instruction}"]
+TEXTS = ["The", " The", "  two", " ", "://x", "\n\n1.", "", "</s> <s> <|im_end|>", "é😀\t x\r\n", "a" * 40, "{input} {instruction}", "it 's , n't . do not ?"]
 
 
 def tokenizers(world):
@@ -174,17 +174,28 @@ def test_responses_come_back_to_the_character(world):
         assert half == (common.encode_prompt(tokenizer, dict(instruction="half ?")), common.encode_response(tokenizer, "half ?"))
 
 
-def test_a_dummy_space_is_kept_out():
+def test_a_dummy_space_is_kept_out(tmp_path):
     """transformers' LlamaTokenizer puts sentencepiece's dummy space before every text"""
+    with open(tmp_path / "tokenizer.model", "wb") as file:  # a few words, pieces at a word's beginning and inside
+        words = "The cat then sat on the catalogue, breatheThe".split()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(words[i % 5:]) for i in range(200)]), model_writer=file, vocab_size=310, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     bare = ROOT.parent / "shared/data/llama2_tokenizer"
-    if not bare.exists():
-        pytest.skip("needs Llama 2's tokenizer.model in ../shared/data")
-    from transformers import LlamaTokenizer
-    tokenizer = LlamaTokenizer.from_pretrained(bare)
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("The", add_special_tokens=False)) == ["▁The"]
-    assert tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "The")) == ["The", "</s>"]
-    for text in TEXTS:
-        assert common.decode_response(tokenizer, common.encode_response(tokenizer, text)) == text
+    for path in [tmp_path] + [bare] * bare.exists():
+        tokenizer = LlamaTokenizer.from_pretrained(path)
+        assert tokenizer.convert_ids_to_tokens(tokenizer.encode("The", add_special_tokens=False)) == ["▁The"]
+        assert "".join(tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "The"))) == "The</s>"
+        for text in TEXTS:
+            assert common.decode_response(tokenizer, common.encode_response(tokenizer, text)) == text
+
+
+def test_a_tokenizer_without_eos_is_refused(world, tmp_path, capsys):
+    tokenizer = common.load_tokenizer(world / "sft")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    mistake(capsys, lambda: common.load_tokenizer(tmp_path), str(tmp_path), "no eos token")
+    mistake(capsys, lambda: common.load_tokenizer(tmp_path / "none"), "no tokenizer in")
 
 
 def test_prompts_are_alpacas_with_bos_once(world):
@@ -201,6 +212,9 @@ def test_prompts_are_alpacas_with_bos_once(world):
 def test_tokenizer_hash_tells_vocabularies_apart(world):
     hashes = [common.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
     assert len(set(hashes)) == len(hashes) and hashes[0] == common.tokenizer_hash(common.load_tokenizer(world / "sft"))
+    other = common.load_tokenizer(world / "sft")
+    other.eos_token = other.convert_ids_to_tokens(300)  # the same vocabulary, but responses end otherwise
+    assert common.tokenizer_hash(other) not in hashes
 
 
 # ---------------------------------------------------------------- forward and generate
