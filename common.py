@@ -230,7 +230,7 @@ def deal(rows, lengths, micro_batch):
     turns = [order[start:start + WORLD] for start in range(0, len(order), WORLD)]
     places = [RANK if number % 2 else WORLD - 1 - RANK for number in range(len(turns))]
     mine = [turn[place] for turn, place in zip(turns, places) if place < len(turn)]
-    return [mine[i:i + micro_batch] for i in range(0, max(1, len(turns)), micro_batch)]
+    return [mine[i:i + micro_batch] for i in range(0, len(turns), micro_batch)]
 
 
 # ---------------------------------------------------------------- models

@@ -32,12 +32,20 @@ for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in want.named_parameters()]
     assert head or (model.lm_head.weight is model.model.embed_tokens.weight) == want.config.tie_word_embeddings
     assert model.get_input_embeddings().padding_idx is None
-    assert all(p.requires_grad != frozen for p in model.parameters())
+    assert all(p.requires_grad != frozen for p in model.parameters()) and model.training != frozen
     with torch.no_grad():
         ids = torch.tensor([[5, 6, 7, 2, 8]])
         logits = want.to(torch.bfloat16)(input_ids=ids).logits
         assert torch.allclose(model.eval()(input_ids=ids).logits, logits, atol=0.02)
 assert set(loads) <= {{0}}, loads
+for checkpointing in (False, True):  # then a layer is computed once more, in the backward
+    model, calls = common.load_model(sys.argv[1], device, mesh, torch.float32, checkpointing=checkpointing), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model(input_ids=ids).logits.sum().backward()
+    assert len(calls) == len(model.model.layers) * (2 if checkpointing else 1), calls
+x = torch.tensor([common.RANK + 1.0])
+assert (common.total(x).item(), common.total(x, "max").item(), x.item()) == (3, 2, common.RANK + 1)
 """
 
 
