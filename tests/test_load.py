@@ -41,7 +41,7 @@ assert set(loads) <= {{0}}, loads
 for checkpointing in (False, True):  # then a layer is computed once more, in the backward
     model, calls = common.load_model(sys.argv[1], device, mesh, torch.float32, checkpointing=checkpointing), []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     model(input_ids=ids).logits.sum().backward()
     assert len(calls) == len(model.model.layers) * (2 if checkpointing else 1), calls
 x = torch.tensor([common.RANK + 1.0])
