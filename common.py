@@ -267,7 +267,7 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     model.get_input_embeddings().padding_idx = None  # where pad is eos, it would keep EOS's embedding from learning
     model.train(not frozen).requires_grad_(not frozen)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if mesh:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -29,7 +29,7 @@ def sharded(Auto, config, mesh, *, frozen=False, checkpointing=False):
     model = Auto.from_config(config, dtype=dtype if frozen else torch.float32)
     model.train(not frozen).requires_grad_(not frozen)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
