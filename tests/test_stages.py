@@ -1,11 +1,11 @@
 """Each stage as a user runs it: outputs, one process against two ranks, kill and resume, every refusal. pytest tests/test_stages.py"""
-import json, math, signal, subprocess, sys, time
+import json, math, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
 from conftest import PPO, RM, ROOT, SFT, rows_of, run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common, reward_model
 from extras import checkpoints
@@ -81,7 +81,9 @@ def test_a_models_config_comes_last(world, tmp_path, monkeypatch):
     """config.json makes a folder valid: whoever is killed before it has left no model"""
     model, moved, replace = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32), [], checkpoints.os.replace
     monkeypatch.setattr(checkpoints.os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
-    save_model(model, common.load_tokenizer(f"{world}/sft"), tmp_path, torch.float32)
+    save_model(model, common.load_tokenizer(f"{world}/sft"), tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {w.dtype for w in weights(tmp_path).values()} == {torch.bfloat16} and model.dtype == torch.float32
     assert len(moved) >= 4 and moved[-1] == "config.json" and {"model.safetensors", "tokenizer.json"} <= set(moved)
 
 
@@ -254,6 +256,29 @@ def test_kill_and_run_again_equals_an_undisturbed_run(world, tmp_path, stage):
     same_metrics(tmp_path / "whole", tmp_path / "killed", 0.0)
     again = run(*words, f"--out={tmp_path}/killed")
     assert "is finished" in again.stdout
+
+
+def test_the_newest_checkpoint_counts_and_the_older_goes(world, tmp_path):
+    LlamaForCausalLM(LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                 tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
+    def trained(steps, out):
+        model = common.load_model(tmp_path / "model", torch.device("cpu"), None, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for step in range(1, steps + 1):
+            model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+            common.optimizer_step(model.parameters(), optimizer, 0.1, 1.0, "")
+            checkpoints.save_checkpoint(out, step, model, optimizer)
+        return model, optimizer
+    trained(1, tmp_path / "one")
+    model, optimizer = trained(2, tmp_path / "two")
+    assert [folder.name for folder in (tmp_path / "two").glob("checkpoint*")] == ["checkpoint_2"]
+    names = {name for file in (tmp_path / "two/checkpoint_2").glob("*.safetensors") for name in load_file(file)}
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names, "a tied weight is stored once"
+    shutil.copytree(tmp_path / "one/checkpoint_1", tmp_path / "two/checkpoint_1")  # killed before the older was removed
+    again, its_optimizer = trained(0, None)
+    assert checkpoints.load_checkpoint(tmp_path / "two", again, its_optimizer) == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert all(torch.equal(optimizer.state[a]["exp_avg"], its_optimizer.state[b]["exp_avg"]) for a, b in zip(model.parameters(), again.parameters()))
 
 
 def test_reward_model_micro_batches_change_nothing(world, tmp_path):
