@@ -270,6 +270,9 @@ def test_generate_is_the_slow_loop(model, options):
     assert got == [ids for ids, _ in want]
     assert options["temperature"] == 0 or options["eos_id"] is None or len({len(ids) for ids in got}) > 2, "rows must leave at different times"
     assert (response_ids[~response_mask] == 0).all() and response_ids.shape[1] == max(map(len, got))
+    if short := [i for i, row in enumerate(got) if len(row) < 25]:  # alone, they are not followed to the limit
+        alone, _ = common.generate(model, ids[short], mask[short], max_new_tokens=25, uniforms=uniforms[short], **options)
+        assert alone.shape[1] == max(len(got[i]) for i in short)
     # the update's log-probs of the same tokens, in a batch with other padding, are the slow loop's
     if options["temperature"]:
         packed = common.pack(prompts, got, "cpu")
@@ -325,6 +328,10 @@ def test_positions_begin_at_the_prompt_not_at_the_padding():
         for i, (p, r) in enumerate(zip(prompts, responses)):
             slow = torch.log_softmax(absolute(torch.tensor([p + r])).logits[0], -1)[range(len(p) - 1, len(p) + len(r) - 1), r]
             assert torch.allclose(together[i, :len(r)], slow, atol=1e-5)
+        ids, mask, _ = common.pack(prompts, [[]] * 3, "cpu")
+        said, _ = common.generate(absolute, ids, mask, max_new_tokens=6, eos_id=None, temperature=0)
+        for p, ours in zip(prompts, said.tolist()):
+            assert ours == slow_generate(absolute, p, torch.zeros(6), 6, None, 0)[0]
 
 
 def test_draws_are_uniform_and_a_rows_own():
