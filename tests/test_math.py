@@ -487,7 +487,7 @@ def test_cosine_warms_up_and_ends_at_zero():
     rates = [common.cosine(step, 100, 0.03) for step in range(101)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1]) and rates[100] == pytest.approx(0) and rates[3 + 97 // 2] == pytest.approx(0.5, abs=0.01)
     assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
-    assert common.cosine(0, 1, 0.03) == 1 and common.cosine(0, 4, 0) == 1  # a run of one step trains
+    assert common.cosine(0, 1, 0.03) == common.cosine(0, 4, 0) == common.cosine(1, 4, 0) == 1  # a run of one step trains
 
 
 def test_optimizer_step_clips_all_gradients_together():
