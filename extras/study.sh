@@ -13,7 +13,7 @@ PYTHON=${PYTHON:-python}
 LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: two CPU cores are to do
 SEEDS=${SEEDS:-0 1}               # of the order of pairs
 PAIRS=${PAIRS:-320}               # ParaDetox: pairs of each run of the comparison
-LONG=${LONG:-20000}               # ParaDetox: rewrites of the one long run; there are 18,099
+LONG=${LONG:-3200}                # ParaDetox: pairs of the first long run; the others take all 18,099 rewrites
 QA=${QA:-250}                     # QA-Feedback: corrections of each run, of which about half fit
 TOY_SEEDS=${TOY_SEEDS:-11 12 13 14 15}
 PARTS=${*:-people long toy qa tables}
@@ -90,11 +90,17 @@ people)  # a few pairs, tested on 150 comments of the held-out file; and what ne
         [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" \
             --limit="$n" --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
     done ;;
-long)  # once on all rewrites, tested on the whole held-out file
-    first "$LONG" "$P/edits_train.jsonl" "$OUT/many/edits.jsonl"
+long)  # single runs on many pairs and on all rewrites, tested on the whole held-out file
+    first "$LONG" "$P/single.jsonl" "$OUT/many/edits.jsonl"
+    first 20000 "$P/edits_train.jsonl" "$OUT/all/edits.jsonl"
     diffs "$OUT/many/edits.jsonl" 512
-    measured "$OUT/long/seed0/anchor_1_gaps_slow_head" "$P/edits_test.jsonl" --data="$OUT/many/diffs_true.jsonl" \
-        --loss=eq4 --anchor=1 $RM --batch=32 --micro_batch=32 --lr=3e-4 --head_lr_factor=0.1 ;;
+    diffs "$OUT/all/edits.jsonl" 512
+    while read -r name data anchor lr head; do
+        measured "$OUT/long/seed0/$name" "$P/edits_test.jsonl" --data="$OUT/$data/diffs_true.jsonl" --loss=eq4 \
+            --anchor="$anchor" $RM --batch=32 --micro_batch=32 --lr="$lr" --head_lr_factor="$head" < /dev/null
+    done <<< "anchor_03_gaps many 0.3 6e-5 1
+anchor_1_gaps all 1 3e-4 0.1
+anchor_10_gaps all 10 3e-4 0.03" ;;
 qa)  # QA-Feedback: corrections that fit 256 tokens; tested on other questions, with the spans that people marked
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
     first "$QA" "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"
