@@ -77,8 +77,8 @@ def table(header, rows):
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
-def losses(title, folder, *, spans=False):
-    """One row per loss, all on the same pairs"""
+def losses(title, folder, *, spans=False, alike=True):
+    """One row per loss; alike: all on the same pairs and steps"""
     arms = runs_of(folder)
     if not arms:
         return ""
@@ -86,15 +86,18 @@ def losses(title, folder, *, spans=False):
     for arm in [arm for arm in NAMES if arm in arms]:
         runs = arms[arm]
         first = [run["figures"][0] for run in runs]
-        rows.append([NAMES[arm], over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1),
+        setting = [runs[0]["pairs"], f"{1 + runs[0]['metrics'][-1]['step']} of {runs[0]['config']['batch']}",
+                   f"{runs[0]['config']['lr']:g} ({runs[0]['config'].get('head_lr_factor', 1.0):g})"]
+        rows.append([NAMES[arm], *([] if alike else setting), over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1),
                      cell(runs, "removed"), cell(runs, "added"), *([cell(runs, "error_spans")] if spans else []),
                      spread(runs, "unchanged"), spread(runs, "eos"), len(runs),
                      f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
     run = next(iter(arms.values()))[0]
     of, steps = run["figures"][0], 1 + run["metrics"][-1]["step"]
-    note = (f"{run['pairs']} pairs, {steps} steps of {run['config']['batch']}, lr {run['config']['lr']:g}; tested on "
-            f"{of['n']} others. CPU minutes: of the training. Longer answer wins: {of['longer_wins']:.1f}%.")
-    header = ["loss", "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []),
+    same = f"{run['pairs']} pairs, {steps} steps of {run['config']['batch']}, lr {run['config']['lr']:g}; tested on "
+    note = (f"{same if alike else 'Tested on '}{of['n']} others. CPU minutes: of the training. "
+            f"Longer answer wins: {of['longer_wins']:.1f}%.")
+    header = ["loss", *([] if alike else ["pairs", "steps", "lr (head: times)"]), "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []),
               "r on U_0", "r at EOS", "seeds", "CPU min"]
     return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
 
@@ -143,7 +146,7 @@ def main(cfg):
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         fail(f"--out={cfg.out} has no place for the tables: it needs the lines {BEGIN} and {END}, once")
     data = Path(cfg.data)
-    parts = [losses("ParaDetox, one long run", data / "long"),
+    parts = [losses("ParaDetox, single runs on more pairs", data / "long", alike=False),
              losses("ParaDetox, every loss on the same few pairs", data / "people"), baselines(data / "people"),
              losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True)]
     toy = two_by_two(data / "toy")
