@@ -42,6 +42,9 @@ def test_flags_and_presets_the_rightmost_wins(tmp_path):
     (tmp_path / "a.toml").write_text("[ppo]\nlr = 1\nsteps = 5\nclip = 'None'\ndata = ['p', 'q']\n[evaluate.decode]\nx = 1\n")
     assert config(f"{tmp_path}/a.toml", "--steps=7", "--name=a=b") == Config(1.0, 7, "a=b", ["p", "q"], None)
     assert config("--steps=7", f"{tmp_path}/a.toml").steps == 5
+    assert config("--data=").data == config("--data=[]").data == []
+    (tmp_path / "b.toml").write_text("[ppo]\ndata = []\n")
+    assert config("--data=p", f"{tmp_path}/b.toml").data == []
     assert config("one", "two").data == ["one", "two"] and config("--on=true").on and not config("--on=0").on
 
 
