@@ -42,6 +42,8 @@ def test_flags_and_presets_the_rightmost_wins(tmp_path):
     (tmp_path / "a.toml").write_text("[ppo]\nlr = 1\nsteps = 5\nclip = 'None'\ndata = ['p', 'q']\n[evaluate.decode]\nx = 1\n")
     assert config(f"{tmp_path}/a.toml", "--steps=7", "--name=a=b") == Config(1.0, 7, "a=b", ["p", "q"], None)
     assert config("--steps=7", f"{tmp_path}/a.toml").steps == 5
+    (tmp_path / "c.toml").write_text("[evaluate]\n[evaluate.decode]\nsteps = 9\n[ppo]\nsteps = 5\n")
+    assert load_config(Config, "evaluate.decode", [f"{tmp_path}/c.toml"]).steps == 9  # a word of a stage has its own table
     assert config("--data=").data == config("--data=[]").data == []
     (tmp_path / "b.toml").write_text("[ppo]\ndata = []\n")
     assert config("--data=p", f"{tmp_path}/b.toml").data == []
@@ -59,6 +61,7 @@ def test_every_mistake_is_one_line(tmp_path, capsys):
     mistake(capsys, lambda: config("--level=word"), "level must be one of token, sequence", "'word'")
     mistake(capsys, preset("[ppo]\nkl = 3\n"), "a.toml [ppo]", "'kl'")
     mistake(capsys, preset("[pppo]\nlr = 3\n"), "'pppo'", "Did you mean [ppo]")
+    mistake(capsys, preset("[evaluate.decod]\nlr = 3\n"), "'evaluate.decod'", "Did you mean [evaluate.decode]")
     mistake(capsys, preset("lr = 3\n"), "'lr' is not a table")
     mistake(capsys, preset("[ppo\n"), "a.toml")
     mistake(capsys, lambda: config("none.toml"), "none.toml", "No such file")
