@@ -138,14 +138,29 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("b")
     mistake(capsys, begin, "the content of")
     release()
-    assert begin(lr=2.0, overwrite=True) is False
+    for name in ("checkpoint_3", "step_2", "mine"):  # of an earlier run, but for the last
+        (tmp_path / "out" / name).mkdir()
+    assert begin(lr=2.0, overwrite=True) is False and {f.name for f in (tmp_path / "out").iterdir() if f.is_dir()} == {"mine"}
     release()
+    (tmp_path / "out/checkpoint_5").mkdir()
+    runs.finish(Run(f"{tmp_path}/out"))
+    assert (tmp_path / "out/checkpoint_5").exists()
+    runs.finish(Run(f"{tmp_path}/out"), keep_checkpoint=False)
+    assert not (tmp_path / "out/checkpoint_5").exists()
     assert runs.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
     release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
     release()
+
+
+def test_a_torn_last_line_is_no_row(tmp_path):
+    assert runs.logged(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    assert [row["step"] for row in runs.logged(tmp_path / "metrics.jsonl")] == [0, 1]
+    runs.trim_logs(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
 def test_a_stream_goes_through_every_row_each_epoch():
