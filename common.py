@@ -1,4 +1,4 @@
-"""What the stages share, or two of them must agree on: config, files, prompts and tokens, ranks, models, generation.
+"""What the stages share, or two of them must agree on: files, prompts and tokens, ranks, models, forward, generation.
 
 One alphabet in every file: B sequences, P prompt tokens, T response tokens, S = P + T, V vocabulary. A mask is True
 where a token counts; it comes from lengths, never from `ids == pad`. Names: prompt_ids [B, P]; response_ids,
