@@ -440,7 +440,8 @@ def cosine(step, steps, warmup):
 
 
 def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
-    """Clip all gradients together, step, clear -> the norm before clipping. Not finite: the run stops. All ranks."""
+    """Clip all gradients together, step (a group at lr times its lr_factor), clear -> the norm before clipping. Not
+    finite: the run stops. All ranks."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(norm):

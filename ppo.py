@@ -24,7 +24,7 @@ import torch
 from common import (RANK, WORLD, check_input, check_model, deal, encode_prompt, epoch_order, fail, fit_positions,
                     generate, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, row_uniforms, rows_at, say,
                     setup, token_heads, token_logprobs, tokenizer_hash, total, unsharded)
-from reward_model import reward_level
+from reward_model import reward_level, total_rewards
 
 
 @dataclass(frozen=True)
@@ -351,8 +351,7 @@ def main(cfg):
 
         mask = torch.arange(r.shape[1], device=device) < torch.tensor([[len(ids)] for ids in responses], device=device)
         ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses], device=device)
-        T = mask.sum(1, keepdim=True)
-        R = r.sum(1) / T[:, 0] if kind == "token" else r.gather(1, T - 1)[:, 0]                         # [rows], Eq. 1
+        R = total_rewards(r, mask, kind)                                                               # [rows], Eq. 1
         rewards = shape_rewards(r if cfg.level == "token" else R, old_logprobs, ref_logprobs, mask, level=cfg.level,
                                 kl_coef=kl_coef, reward_scale=cfg.reward_scale, fixed_length=cfg.fixed_length,
                                 clamp_kl=cfg.clamp_kl, missing_eos_penalty=cfg.missing_eos_penalty, ended=ended)

@@ -57,18 +57,6 @@ class Config:
 
 # ---------------------------------------------------------------- the equations
 
-def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
-    """The three terms inside Eq. 3's sigma, [B] each: u0, u1_w, u1_l; R_w - R_l = u0 + u1_w - u1_l.
-
-    r: rewards per token [B, T] (w and l may differ in T); response: mask of real tokens; changed: 1 = in U_1. What
-    stands outside the response is ignored. u0 = sum_U0 r_w / T_w - sum_U0 r_l / T_l is what Eq. 4 drops."""
-    def mean_over(r, response, part):  # (1/T) sum over a part of the T tokens
-        return r.masked_fill(~(response.bool() & part), 0).sum(1) / response.sum(1).clamp(min=1)
-    u1_w, u1_l = mean_over(r_w, response_w, changed_w.bool()), mean_over(r_l, response_l, changed_l.bool())
-    u0 = mean_over(r_w, response_w, ~changed_w.bool()) - mean_over(r_l, response_l, ~changed_l.bool())
-    return u0, u1_w, u1_l
-
-
 def sequence_rewards(r, response):
     """The sequence model's R: r at the last real token, [B, T] -> [B]"""
     last = (response.long().sum(1) - 1).clamp(min=0)
@@ -78,6 +66,22 @@ def sequence_rewards(r, response):
 def mean_rewards(r, response):
     """R(tau) [1]: the mean of r_t over the real tokens, [B, T] -> [B]"""
     return r.masked_fill(~response.bool(), 0).sum(1) / response.sum(1).clamp(min=1)
+
+
+def total_rewards(r, response, loss):
+    """R of a model trained with that loss, [B, T] -> [B]"""
+    return sequence_rewards(r, response) if loss == "sequence" else mean_rewards(r, response)
+
+
+def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
+    """The three terms inside Eq. 3's sigma, [B] each: u0, u1_w, u1_l; R_w - R_l = u0 + u1_w - u1_l.
+
+    r: rewards per token [B, T] (w and l may differ in T); response: mask of real tokens; changed: 1 = in U_1. What
+    stands outside the response is ignored. u0 = sum_U0 r_w / T_w - sum_U0 r_l / T_l is what Eq. 4 drops."""
+    w, l = changed_w.bool(), changed_l.bool()
+    u1_w, u1_l = mean_rewards(r_w.masked_fill(~w, 0), response_w), mean_rewards(r_l.masked_fill(~l, 0), response_l)
+    u0 = mean_rewards(r_w.masked_fill(w, 0), response_w) - mean_rewards(r_l.masked_fill(l, 0), response_l)
+    return u0, u1_w, u1_l
 
 
 def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss, anchor=0.0):
@@ -168,10 +172,6 @@ def score_pairs(model, pairs, device):
     return r[:B], response[:B], changed[:B], r[B:], response[B:], changed[B:]
 
 
-def total_rewards(r, response, loss):
-    return sequence_rewards(r, response) if loss == "sequence" else mean_rewards(r, response)
-
-
 @torch.no_grad()
 def evaluate(model, pairs, cfg, device):
     """-> accuracy (a tie is half), mean margin R_w - R_l and loss over held-out pairs. All ranks."""
@@ -206,6 +206,8 @@ def main(cfg):
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
     if cfg.steps is not None and cfg.steps < 1:
         fail(f"--steps must be at least 1, got {cfg.steps} (None: epochs)")
+    if cfg.head_lr_factor <= 0:
+        fail(f"--head_lr_factor must be above 0, got {cfg.head_lr_factor}: with a head of zeros nothing would learn")
     if cfg.anchor and cfg.loss == "sequence":
         fail("--anchor pulls token rewards to 0; with --loss=sequence there are none: leave it at 0")
     tokenizer = load_tokenizer(cfg.model)
@@ -219,8 +221,8 @@ def main(cfg):
     # ---------------------------------------------------------------- model
     device, mesh, dtype = setup(cfg.dtype)
     model = load_model(cfg.model, device, mesh, dtype, head="zero", checkpointing=cfg.activation_checkpointing)
-    optimizer = torch.optim.AdamW([dict(params=list(model.base_model.parameters()), lr_factor=1.0),
-                                   dict(params=list(model.score.parameters()), lr_factor=cfg.head_lr_factor)],
+    optimizer = torch.optim.AdamW([dict(params=model.base_model.parameters(), lr_factor=1.0),
+                                   dict(params=model.score.parameters(), lr_factor=cfg.head_lr_factor)],
                                   lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     rows = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs  # pairs seen, in all epochs
     steps = -(-rows // cfg.batch)

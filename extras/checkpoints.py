@@ -1,7 +1,8 @@
 """What a run keeps: the model that others load, and what a killed run goes on from, in safetensors by
 torch.distributed.checkpoint. No mathematics is in here.
 
-A checkpoint holds weights and Adam's moments. Everything else of a run follows from its config and the step: schedules, the order of rows, the draws. (DCP's default
+A checkpoint holds weights and Adam's moments. Everything else of a run follows from its config and the step (schedules,
+the order of rows, the draws), but for PPO's adaptive KL coefficient, which metrics.jsonl holds. (DCP's default
 format is not used: it unpickles.) Saved on any number of ranks, loaded on any other.
 """
 import json, os, shutil

@@ -76,8 +76,9 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     elif not old and (out.is_file() or any(f.suffix != ".lock" and f.name not in beside for f in out.glob("*"))):
         fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it: --overwrite=true")
     elif old:
-        differs = [f"{name}: {old['config'].get(name)!r} then, {value!r} now" for name, value in config.items()
-                   if name not in (*free, "overwrite", "out") and old["config"].get(name) != value]
+        then = {name: getattr(type(cfg), name, None) for name in config} | old["config"]  # a field that came later
+        differs = [f"{name}: {then[name]!r} then, {value!r} now" for name, value in config.items()
+                   if name not in (*free, "overwrite", "out") and then[name] != value]
         differs += [f"the content of {path}" for path in seen if old["inputs"].get(path) != seen[path]]
         if differs:
             fail(f"{out} is another config's ({'; '.join(differs)}); choose another --out, or start anew with "

@@ -24,10 +24,12 @@ timed() {  # timed RUN python-words...: CPU seconds go to RUN.cpu.jsonl
     "$PYTHON" -c '
 import json, resource, subprocess, sys
 run, *words = sys.argv[1:]
-code = subprocess.call([sys.executable, *words])
-used = resource.getrusage(resource.RUSAGE_CHILDREN)
-row = dict(stage=words[0], cpu_s=round(used.ru_utime + used.ru_stime, 1))
-print(json.dumps(row), file=open(f"{run}.cpu.jsonl", "a"))
+try:
+    code = subprocess.call([sys.executable, *words])
+finally:  # an interrupted run counts too
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    row = dict(stage=words[0], cpu_s=round(used.ru_utime + used.ru_stime, 1))
+    print(json.dumps(row), file=open(f"{run}.cpu.jsonl", "a"))
 sys.exit(code)' "$@"
 }
 measured() {  # measured RUN HELD_OUT flags...: a reward model and its figures; its weights are not kept
@@ -72,12 +74,16 @@ AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])' \
 fi
 RM="--model=$OUT/backbone --dtype=bfloat16 --batch=16 --micro_batch=16 --lr=1.5e-4 --warmup=0.05"
 
-first() { [ -s "$3" ] || { mkdir -p "${3%/*}" && sed -n "1,${1}p" "$2" > "$3"; }; }  # first N FILE OUT: its first rows
+first() {  # first N FILE OUT: its first rows; what is made of other rows is then refused
+    mkdir -p "${3%/*}" && sed -n "1,${1}p" "$2" > "$3.tmp"
+    if cmp -s "$3.tmp" "$3"; then rm "$3.tmp"; else mv "$3.tmp" "$3"; fi
+}
 
 P=$OUT/paradetox
 if [[ "$PARTS" =~ people|long ]]; then  # ParaDetox: the first rewrite of each comment; comments stand in a drawn order
     "$PYTHON" data/paradetox/prepare.py ${PARADETOX:+--source="$PARADETOX"} --out="$P"
-    [ -s "$P/single.jsonl" ] || sed -n '/"id": "[^"]*-0"/p' "$P/edits_train.jsonl" > "$P/single.jsonl"
+    [ -s "$P/single.jsonl" ] || sed -n '/"id": "[^"]*-0"/p' "$P/edits_train.jsonl" > "$P/single.tmp"
+    [ -s "$P/single.jsonl" ] || mv "$P/single.tmp" "$P/single.jsonl"
 fi
 
 for part in $PARTS; do case $part in

@@ -88,8 +88,9 @@ def losses(title, folder, *, spans=False, alike=True):
         first = [run["figures"][0] for run in runs]
         setting = [runs[0]["pairs"], f"{1 + runs[0]['metrics'][-1]['step']} of {runs[0]['config']['batch']}",
                    f"{runs[0]['config']['lr']:g} ({runs[0]['config'].get('head_lr_factor', 1.0):g})"]
-        rows.append([NAMES[arm], *([] if alike else setting), over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1),
-                     cell(runs, "removed"), cell(runs, "added"), *([cell(runs, "error_spans")] if spans else []),
+        accuracy = over_seeds([f["accuracy"] for f in first], [f["standard_error"] for f in first], 1)
+        rows.append([NAMES[arm], *([] if alike else setting), accuracy, cell(runs, "removed"),
+                     cell(runs, "added"), *([cell(runs, "error_spans")] if spans else []),
                      spread(runs, "unchanged"), spread(runs, "eos"), len(runs),
                      f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}"])
     run = next(iter(arms.values()))[0]
@@ -97,8 +98,8 @@ def losses(title, folder, *, spans=False, alike=True):
     same = f"{run['pairs']} pairs, {steps} steps of {run['config']['batch']}, lr {run['config']['lr']:g}; tested on "
     note = (f"{same if alike else 'Tested on '}{of['n']} others. CPU minutes: of the training. "
             f"Longer answer wins: {of['longer_wins']:.1f}%.")
-    header = ["loss", *([] if alike else ["pairs", "steps", "lr (head: times)"]), "accuracy, %", "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []),
-              "r on U_0", "r at EOS", "seeds", "CPU min"]
+    header = ["loss", *([] if alike else ["pairs", "steps", "lr (head: times)"]), "accuracy, %",
+              "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []), "r on U_0", "r at EOS", "seeds", "CPU min"]
     return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
 
 

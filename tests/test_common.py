@@ -133,6 +133,11 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
     runs.finish(Run(f"{tmp_path}/out"))
     assert begin(micro_batch=8) is True
     release()
+    record = runs.record_of(tmp_path / "out")
+    del record["config"]["lr"]  # a record from before the field was there: it had the default's effect
+    (tmp_path / "out/run.json").write_text(runs.json.dumps(record))
+    assert begin() is True
+    release()
     mistake(capsys, lambda: begin(lr=2.0), "lr: 1.0 then, 2.0 now", "--overwrite=true")
     release()
     (tmp_path / "in.jsonl").write_text("b")

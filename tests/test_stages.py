@@ -332,6 +332,7 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
     refused(out, "ppo.py", *ppo_flags, "--response_len=300", saying=("positions for 256 tokens",))
     refused(out, "ppo.py", *ppo_flags, "--rollout_micro_batch=16", ranks=2, saying=("without rollouts",))
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--loss=sequence", "--anchor=0.1", saying=("--anchor",))
+    refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--head_lr_factor=0", saying=("--head_lr_factor",))
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/data/pref.jsonl", saying=("no edited_ids", "diff.py"))
 
 
