@@ -99,7 +99,8 @@ def losses(title, folder, *, spans=False, alike=True):
     note = (f"{same if alike else 'Tested on '}{of['n']} others. CPU minutes: of the training. "
             f"Longer answer wins: {of['longer_wins']:.1f}%.")
     header = ["loss", *([] if alike else ["pairs", "steps", "lr (head: times)"]), "accuracy, %",
-              "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []), "r on U_0", "r at EOS", "seeds", "CPU min"]
+              "AUROC removed", "AUROC added", *(["AUROC marked spans"] if spans else []),
+              "r on U_0", "r at EOS", "seeds", "CPU min"]
     return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
 
 
