@@ -105,8 +105,9 @@ long)  # single runs on many pairs and on all rewrites, tested on the whole held
         measured "$OUT/long/seed0/$name" "$P/edits_test.jsonl" --data="$OUT/$data/diffs_true.jsonl" --loss=eq4 \
             --anchor="$anchor" $RM --batch=32 --micro_batch=32 --lr="$lr" --head_lr_factor="$head" < /dev/null
     done <<< "anchor_03_gaps many 0.3 6e-5 1
-anchor_1_gaps all 1 3e-4 0.1
-anchor_10_gaps all 10 3e-4 0.03" ;;
+anchor_1_gaps many 1 3e-4 0.1
+anchor_1_gaps_all all 1 3e-4 0.1
+anchor_10_gaps_all all 10 3e-4 0.03" ;;
 qa)  # QA-Feedback: corrections that fit 256 tokens; tested on other questions, with the spans that people marked
     "$PYTHON" data/qa_feedback/prepare.py ${QA_FEEDBACK:+--source="$QA_FEEDBACK"} --words=60 --out="$OUT/qa_feedback"
     first "$QA" "$OUT/qa_feedback/edits_train.jsonl" "$OUT/qa/edits.jsonl"

@@ -21,7 +21,8 @@ NAMES = {"sequence": "sequence level", "eq3": "Eq. 3", "eq4": "Eq. 4", "eq4_gaps
          "anchor_003": "Eq. 4 + anchor 0.03", "anchor_003_gaps": "Eq. 4 + anchor 0.03, gaps",
          "anchor_01": "Eq. 4 + anchor 0.1", "anchor_01_gaps": "Eq. 4 + anchor 0.1, gaps",
          "anchor_03": "Eq. 4 + anchor 0.3", "anchor_03_gaps": "Eq. 4 + anchor 0.3, gaps",
-         "anchor_1_gaps": "Eq. 4 + anchor 1, gaps", "anchor_10_gaps": "Eq. 4 + anchor 10, gaps"}
+         "anchor_1_gaps": "Eq. 4 + anchor 1, gaps", "anchor_1_gaps_all": "Eq. 4 + anchor 1, gaps",
+         "anchor_10_gaps_all": "Eq. 4 + anchor 10, gaps"}
 
 
 @dataclass(frozen=True)
