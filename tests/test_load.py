@@ -56,3 +56,27 @@ def test_two_ranks_load_what_from_pretrained_loads(tmp_path):
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
     (tmp_path / "check.py").write_text(CHECK.format(root=str(ROOT)))
     run(tmp_path / "check.py", tmp_path / "tied", tmp_path / "untied", ranks=2)
+
+
+MACHINES = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import common
+os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each of the two ranks were a machine of its own
+device, mesh, _ = common.setup("float32")
+assert mesh.mesh_dim_names == ("replicate", "shard") and tuple(mesh.shape) == (2, 1), mesh
+model = common.load_model(sys.argv[1], device, mesh, torch.float32)
+assert all(p.to_local().numel() == p.numel() for p in model.parameters()), "a machine holds the whole model"
+loss = model(input_ids=torch.tensor([[3 + common.RANK, 4]])).logits.square().sum()
+loss.backward()
+norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
+assert common.total(norm, "max") == norm, "the gradients of all machines add up to the same"
+"""
+
+
+def test_machines_hold_the_whole_model_each(tmp_path):
+    LlamaForCausalLM(LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                 num_attention_heads=4)).save_pretrained(tmp_path / "model")
+    (tmp_path / "check.py").write_text(MACHINES.format(root=str(ROOT)))
+    run(tmp_path / "check.py", tmp_path / "model", ranks=2)
