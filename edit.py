@@ -114,7 +114,6 @@ def build_request(cfg, row, longest=False):
                 **({"system": cfg.system} if cfg.system else {}))
 
 
-
 # ---------------------------------------------------------------- replies: is this an edit?
 
 class Reply(NamedTuple):

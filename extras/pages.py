@@ -1,4 +1,5 @@
-"""`diff.py show --html=FILE` and `reward_model.py show --html=FILE`: self-contained, light and dark, scriptless"""
+"""Pictures of answers: the text of each token, and the pages of `diff.py show --html=FILE` and `reward_model.py show
+--html=FILE`: self-contained, light and dark, scriptless."""
 import html
 from pathlib import Path
 

@@ -258,7 +258,7 @@ def test_kill_and_run_again_equals_an_undisturbed_run(world, tmp_path, stage):
     assert "is finished" in again.stdout
 
 
-def test_the_newest_checkpoint_counts_and_the_older_goes(world, tmp_path):
+def test_the_newest_checkpoint_counts_and_the_older_goes(tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                                  tie_word_embeddings=True)).save_pretrained(tmp_path / "model")
     def trained(steps, out):
