@@ -5,7 +5,7 @@ where a token counts; it comes from lengths, never from `ids == pad`. Names: pro
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
 padding around them.
 """
-import functools, hashlib, json, math, os, random, re, sys, time
+import functools, json, math, os, random, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default))  # torchrun sets them
@@ -24,7 +23,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-# ---------------------------------------------------------------- a user's mistake is one line
+# ---------------------------------------------------------------- messages and files
 
 def fail(message):
     """One line on stderr, exit code 2. Every rank finds the same mistake; rank 0 is to say it."""
@@ -41,68 +40,25 @@ def say(*words):
         sys.stdout.flush()
 
 
-# ---------------------------------------------------------------- files
-
-def check_input(path, flag, made_by):
-    """fail() unless the file or folder is there; made_by is the command that makes it"""
-    if not Path(path).exists():
-        fail(f"--{flag}={path} does not exist; make it with: {made_by}")
-
-
-def check_model(path, flag, made_by):
-    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours"""
-    org = str(path).partition("/")[0]
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and org not in ("out", "data") and not Path(org).exists()
-    if not on_hub and not Path(path, "config.json").exists():
-        fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
-
-
-def fits(value, kind):
-    """kind: None (anything), a type, a literal value, or a tuple of these. A bool is no int."""
-    if isinstance(kind, tuple):
-        return any(fits(value, k) for k in kind)
-    match = isinstance(value, kind) if isinstance(kind, type) else kind is None or value == kind
-    return match and (kind in (None, bool) or not isinstance(value, bool))
-
-
 def read_jsonl(path, fields):
-    """The rows of a JSONL file (list of dict). fields: name -> kind, as in fits(). A malformed row ends the run with
-    file:line. Extra fields pass."""
+    """The rows of a JSONL file (list of dict). fields: name -> kind, as in extras.checks.fits(). A malformed row ends
+    the run with file:line; extra fields pass."""
+    from extras.checks import check_row
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                fail(f"{path}:{number}: not JSON ({error})")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: must be a JSON object, got {type(row).__name__}")
-            for name, kind in fields.items():
-                if name not in row:
-                    fail(f"{path}:{number}: no field {name!r}; the row has: {', '.join(row) or 'nothing'}")
-                if not fits(row[name], kind):
-                    kinds = " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "null")
-                                        for k in (kind if isinstance(kind, tuple) else (kind,)))
-                    fail(f"{path}:{number}: {name} must be {kinds}, got {json.dumps(row[name])[:60]}")
-            rows.append(row)
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    fail(f"{path}:{number}: not JSON ({error})")
+                check_row(rows[-1], fields, f"{path}:{number}")
     return rows or fail(f"{path}: no rows in it")
 
 
-@contextmanager
-def replacing(path):
-    """A file under its final name only when whole: written beside, synced, renamed"""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_jsonl(path, rows):
+    """One object a line; the file has its name only when it is whole"""
+    from extras.runs import replacing
     with replacing(path) as file:
         for row in rows:
             file.write(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n")
@@ -164,12 +120,6 @@ def decode_response(tokenizer, ids):
     before, ids_before = lead(tokenizer)
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
-
-
-def tokenizer_hash(tokenizer):
-    """Two tokenizers are one if their vocabulary and special ids agree (pad never matters here)"""
-    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
 
 
 def rows_at(start, stop, n, seed):
@@ -234,13 +184,6 @@ def deal(rows, lengths, micro_batch):
 
 
 # ---------------------------------------------------------------- models
-
-def fit_positions(path, flag, length):
-    """fail() if rows are longer than the model's positions"""
-    room = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", length)
-    if length > room:
-        fail(f"--{flag}={path} has positions for {room} tokens, the longest row has {length}; lower the length limits")
-
 
 def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpointing=False, seed=0):
     """A causal language model (head=None), or a backbone with one number per token: head="saved", or "zero", a new one.
@@ -355,27 +298,6 @@ def token_heads(model, ids, mask, response_mask, *, before=False):
 
 # ---------------------------------------------------------------- generation
 
-class InPlaceLayer(DynamicLayer):
-    """transformers' DynamicLayer copies the whole cache at every token; this one writes into room taken once."""
-
-    def __init__(self, room):
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def update(self, keys, values, *_, **__):
-        B, heads, n, size = keys.shape
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys = keys.new_empty(B, heads, self.room, size)
-            self.values = values.new_empty(B, heads, self.room, values.shape[3])
-        start, self.length = self.length, self.length + n
-        self.keys[:B, :, start:self.length], self.values[:B, :, start:self.length] = keys, values
-        return self.keys[:B, :, :self.length], self.values[:B, :, :self.length]
-
-    def get_seq_length(self):
-        return self.length
-
-
 def draw_tokens(logits, u, temperature, top_p, top_k):
     """One token per row [B] of logits [B, V], by inverse CDF (torch.multinomial is ten times slower). u [B, 1]"""
     if temperature == 0:
@@ -400,11 +322,11 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
 
     uniforms [B, max_new_tokens] in [0, 1): the draw of each token; None: torch's generator. eos_id None: never ends.
     temperature 0: argmax. ValueError in train mode: there activation checkpointing silently drops the KV cache."""
+    from extras.in_place_cache import in_place_cache
     if model.training:
         raise ValueError("generate needs model.eval(): in train mode activation checkpointing drops the KV cache")
     B, P = prompt_ids.shape
-    layers = [InPlaceLayer(P + max_new_tokens) for _ in range(model.config.get_text_config().num_hidden_layers)]
-    cache, device = Cache(layers=layers), prompt_ids.device
+    cache, device = in_place_cache(model.config, room=P + max_new_tokens), prompt_ids.device
     uniforms = torch.rand(B, max_new_tokens, device=device) if uniforms is None else uniforms.to(device)
     mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True)                          # [B, P + max_new_tokens]
     response_ids, lengths = prompt_ids.new_zeros(B, max_new_tokens), prompt_ids.new_zeros(B)
@@ -423,8 +345,7 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
         if left < len(rows):  # lines from the end move into the places of those that ended: the least to copy
             stay = torch.arange(left, device=device)
             stay[~alive[:left]] = alive[left:].nonzero()[:, 0] + left
-            for store in (store for layer in layers for store in (layer.keys, layer.values)):
-                store[:left][~alive[:left]] = store[stay[~alive[:left]]]
+            cache.batch_select_indices(stay)
             rows, mask, positions, tokens = rows[stay], mask[stay], positions[stay], tokens[stay]
         ids, positions = tokens[:, None], positions[:, -1:] + 1
     T = int(lengths.max())

@@ -17,8 +17,7 @@ import json, sys
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
-from common import (check_input, check_model, encode_prompt, encode_response, fail, load_tokenizer, read_jsonl,
-                    replacing, say, tokenizer_hash)
+from common import encode_prompt, encode_response, fail, load_tokenizer, read_jsonl, say
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ def plain(text):
 
 def show(cfg):
     """The first n changed pairs of an edits file, in the terminal or as a page"""
+    from extras.checks import check_input, check_model
     from extras.pages import diff_page, token_texts
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py")
@@ -219,7 +219,8 @@ EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str, 
 
 
 def main(cfg):
-    from extras.runs import begin, finish
+    from extras.checks import check_input, check_model, tokenizer_hash
+    from extras.runs import begin, finish, replacing
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py")
     rows = read_jsonl(cfg.data, EDIT_FIELDS)

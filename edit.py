@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from common import check_input, check_model, fail, load_tokenizer, read_jsonl, say, whole_characters, write_jsonl
+from common import fail, load_tokenizer, read_jsonl, say, whole_characters, write_jsonl
 
 # The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the assistant's turn where the
 # model allows that, else TAGS ends the user's. They are defaults of fields: edit them here, in a preset, or as flags.
@@ -279,6 +279,7 @@ def read_edits(path):
 
 
 def main(cfg):
+    from extras.checks import check_input, check_model
     from extras.runs import begin, finish
     # ---- what is asked, and can it be?
     check_input(cfg.data, "data", "python data/alpacafarm/prepare.py (or data/toy/prepare.py)")

@@ -21,9 +21,9 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, check_input, check_model, deal, encode_prompt, epoch_order, fail, fit_positions,
-                    generate, load_model, load_tokenizer, optimizer_step, pack, read_jsonl, row_uniforms, rows_at, say,
-                    setup, token_heads, token_logprobs, tokenizer_hash, total, unsharded)
+from common import (RANK, WORLD, deal, encode_prompt, epoch_order, fail, generate, load_model, load_tokenizer,
+                    optimizer_step, pack, read_jsonl, row_uniforms, rows_at, say, setup, token_heads, token_logprobs,
+                    total, unsharded)
 from reward_model import reward_level, total_rewards
 
 
@@ -257,6 +257,7 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
 
 def check(cfg):
     """What can be wrong with a run before any model is loaded -> tokenizer, the reward model's level"""
+    from extras.checks import check_input, check_model, check_positions, tokenizer_hash
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -282,7 +283,7 @@ def check(cfg):
         fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; it scores the "
              "policy's own ids")
     for flag in ("policy", "reward_model"):
-        fit_positions(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
+        check_positions(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
     return tokenizer, kind
 
 

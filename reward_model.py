@@ -24,9 +24,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
-                    load_model, load_tokenizer, optimizer_step, read_jsonl, rows_at, say, setup, tokenizer_hash, total,
-                    upcast)
+from common import (cosine, deal, encode_prompt, encode_response, fail, load_model, load_tokenizer, optimizer_step,
+                    read_jsonl, rows_at, say, setup, total, upcast)
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
     """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1; the number of rows.
 
     A pref file has no U_1: its masks are all 1, and Eq. 3 and 4 refuse it. Diffs of another tokenizer are refused."""
+    from extras.checks import tokenizer_hash
     from extras.runs import record_of
     ids = {name: list for name in ("prompt_ids", "edited_ids", "original_ids", "edited_changed", "original_changed")}
     if "edited_ids" in read_jsonl(path, {})[0]:
@@ -198,6 +198,7 @@ def reward_level(path):
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
+    from extras.checks import check_input, check_model, check_positions
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
@@ -214,7 +215,7 @@ def main(cfg):
     pairs, read = read_pairs(cfg.data, "data", tokenizer, cfg.max_tokens, masks_needed=cfg.loss != "sequence")
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
     lengths = [pair_cost(pair) for pair in pairs]
-    fit_positions(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
+    check_positions(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], pairs=len(pairs)):
         return say(f"{cfg.out} is finished; nothing to do")
 

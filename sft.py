@@ -13,9 +13,8 @@ from typing import Literal
 
 import torch
 
-from common import (check_input, check_model, cosine, deal, encode_prompt, encode_response, fail, fit_positions,
-                    load_model, load_tokenizer, optimizer_step, pack, read_jsonl, rows_at, say, setup, token_logprobs,
-                    total)
+from common import (cosine, deal, encode_prompt, encode_response, fail, load_model, load_tokenizer, optimizer_step,
+                    pack, read_jsonl, rows_at, say, setup, token_logprobs, total)
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Config:
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
+    from extras.checks import check_input, check_model, check_positions
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Hugging Face model")
@@ -53,7 +53,7 @@ def main(cfg):
         fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
     prompts, responses = zip(*fitting)
     lengths = [len(p) + len(r) for p, r in fitting]
-    fit_positions(cfg.model, "model", max(lengths))
+    check_positions(cfg.model, "model", max(lengths))
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_input, encode_response, fail, load_tokenizer, read_jsonl, say, write_jsonl
+from common import encode_response, fail, load_tokenizer, read_jsonl, say, write_jsonl
+from extras.checks import check_input
 from extras.command_line import load_config
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import anthropic
 import httpx2
 
-from common import fail, replacing, say
+from common import fail, say
+from extras.runs import replacing
 
 ROWS, BYTES = 10_000, 7_000_000  # of one batch. The API takes 100,000 and 256 MB; a lost upload should cost little
 PAUSES = 0.5, 60                 # seconds between two looks at a batch: at first, at most

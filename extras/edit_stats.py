@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import diff
-from common import check_input, load_tokenizer, read_jsonl, say
+from common import load_tokenizer, read_jsonl, say
+from extras.checks import check_input
 from extras.command_line import load_config
 from extras.pages import token_texts
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from common import (RANK, check_input, check_model, deal, fail, fit_positions, load_model, load_tokenizer, pack,
-                    replacing, say, setup, token_heads, total)
-from extras.runs import begin, finish
+from common import RANK, deal, fail, load_model, load_tokenizer, pack, say, setup, token_heads, total
+from extras.checks import check_input, check_model, check_positions
+from extras.runs import begin, finish, replacing
 from evaluate import tell
 from extras.reward_figures import figures_of, read_held_out
 from reward_model import reward_level
@@ -39,7 +39,7 @@ def write_rewards(cfg):
     level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
     files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
     pairs = [pair for file in files for pair in file["pairs"]]  # (row, prompt, better, worse), the last three as ids
-    fit_positions(cfg.reward_model, "reward_model", max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs))
+    check_positions(cfg.reward_model, "reward_model", max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs))
     inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
     if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
         return say(f"{cfg.out} is finished; nothing to do")

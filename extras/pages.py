@@ -3,7 +3,8 @@
 import html
 from pathlib import Path
 
-from common import decode_response, fail, replacing, say
+from common import decode_response, fail, say
+from extras.runs import replacing
 from diff import plain
 
 MARK = "<!-- a page of show -->"

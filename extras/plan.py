@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
-from common import RANK, WORLD, check_model, say
+from common import RANK, WORLD, say
+from extras.checks import check_model
 
 SHAPES = {name: dict(vocab_size=32000, hidden_size=h, intermediate_size=i, num_hidden_layers=layers,
                      num_attention_heads=heads, num_key_value_heads=kv)

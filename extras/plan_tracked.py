@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
-from transformers.cache_utils import Cache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from extras import plan
+from extras.in_place_cache import in_place_cache
 
 
 def sharded(Auto, config, mesh, *, frozen=False, checkpointing=False):
@@ -59,16 +59,16 @@ def rollout_peak(config, mesh, B, P, T):
                 if isinstance(part, FSDPModule):
                     part.set_reshard_after_forward(False, recurse=False)
                     part.unshard()
-            layers = [common.InPlaceLayer(P + T) for _ in range(config.num_hidden_layers)]
+            cache = in_place_cache(config, room=P + T)
             ids, mask, _ = packed(B, P if prefill else P + T, 1)
             if not prefill:  # the cache is full but for the last place
-                for layer in layers:
+                for layer in cache.layers:
                     one = torch.zeros(B, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16)
                     layer.update(one, one)
                     layer.length = P + T - 1
                 ids = ids[:, :1]
             logits = policy(input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=True,
-                            past_key_values=Cache(layers=layers), logits_to_keep=1).logits[:, -1]
+                            past_key_values=cache, logits_to_keep=1).logits[:, -1]
             common.draw_tokens(logits, torch.zeros(B, 1), 1.0, 1.0, 0)
         peaks.append(peak_of(policy, run))
     return max(peaks)

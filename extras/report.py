@@ -16,8 +16,9 @@ in report_page.py.
 import html, json, re, statistics
 from pathlib import Path
 
-from common import check_input, fail, replacing, say
-from extras.runs import logged, record_of
+from common import fail, say
+from extras.checks import check_input
+from extras.runs import logged, record_of, replacing
 from diff import plain
 from evaluate import mean_and_error, paired, read_annotations, win_rate
 

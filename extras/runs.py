@@ -4,14 +4,15 @@ metrics. The stages' main() uses it; no mathematics is in here.
 <out>/run.json (or <file>.run.json) is the resolved config with the inputs' fingerprints, the command, the commit and
 the versions. An interrupted run is resumed without being asked if that is the same, else refused with the differences.
 """
-import dataclasses, fcntl, hashlib, json, shutil, subprocess, sys, time
+import dataclasses, fcntl, hashlib, json, os, shutil, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from common import RANK, WORLD, fail, replacing, say, write_jsonl
+from common import RANK, WORLD, fail, say, write_jsonl
 
 
 # ---------------------------------------------------------------- what wrote an output, and may it go on?
@@ -43,6 +44,18 @@ def fingerprint(path):
         elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path):
+    """A file under its final name only when whole: written beside, synced, renamed"""
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with open(temporary, "w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 LOCKS = []  # stay open until the process ends, however it ends: the kernel then drops them

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from common import (check_input, check_model, encode_prompt, encode_response, fail, load_model, load_tokenizer, pack,
-                    read_jsonl, setup, token_heads)
+from common import (encode_prompt, encode_response, fail, load_model, load_tokenizer, pack, read_jsonl, setup,
+                    token_heads)
+from extras.checks import check_input, check_model
 from extras.command_line import load_config
 from diff import align, plain
 from extras.pages import rewards_page, token_texts

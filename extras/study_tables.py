@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check_input, fail, replacing, say
+from common import fail, say
+from extras.checks import check_input
 from extras.command_line import load_config
-from extras.runs import logged, record_of
+from extras.runs import logged, record_of, replacing
 from evaluate import mean_and_error
 from extras.report import pm
 

@@ -66,10 +66,10 @@ def test_strange_preferences_are_counted(source, tmp_path, capfd, preference):
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("alpaca_instructions/sft.json", lambda rows: rows[1].pop("output"), "sft.json: row 2 has no field 'output'; it has: "),
-    ("alpaca_farm_evaluation.json", lambda rows: rows[0].pop("generator"), "alpaca_farm_evaluation.json: row 1 has no field 'generator'"),
-    ("alpaca_noisy_multi_preference.json", lambda rows: rows[1].update(output_2=7), "row 2: output_2 must be text, got 7"),
-    ("alpaca_instructions/val.json", lambda rows: rows.append("x"), "val.json: row 6 must be an object, got str"),
+    ("alpaca_instructions/sft.json", lambda rows: rows[1].pop("output"), "sft.json: row 2: no field 'output'; the row has: "),
+    ("alpaca_farm_evaluation.json", lambda rows: rows[0].pop("generator"), "alpaca_farm_evaluation.json: row 1: no field 'generator'"),
+    ("alpaca_noisy_multi_preference.json", lambda rows: rows[1].update(output_2=7), "row 2: output_2 must be str, got 7"),
+    ("alpaca_instructions/val.json", lambda rows: rows.append("x"), "val.json: row 6: must be a JSON object, got str"),
     ("alpaca_instructions/unlabeled.json", lambda rows: rows.clear(), "unlabeled.json: must be a list of rows, got an empty one"),
 ])
 def test_malformed_rows(source, tmp_path, capfd, name, change, words):

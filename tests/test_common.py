@@ -8,7 +8,7 @@ from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import common
-from extras import runs
+from extras import checks, runs
 from extras.command_line import load_config
 from extras.pages import token_texts
 
@@ -96,9 +96,9 @@ def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch,
     (tmp_path / "mine/ready").mkdir(parents=True)
     (tmp_path / "mine/ready/config.json").write_text("{}")
     for good in ("org/some-Model_1.5", "mine/ready", tmp_path / "mine/ready"):
-        common.check_model(good, "model", "python sft.py")
+        checks.check_model(good, "model", "python sft.py")
     for bad in ("mine/unfinished", "out/sft", "data/model", "name", "./a/b", tmp_path / "none"):
-        mistake(capsys, lambda: common.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
+        mistake(capsys, lambda: checks.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
@@ -237,11 +237,11 @@ def test_prompts_are_alpacas_with_bos_once(world):
 
 
 def test_tokenizer_hash_tells_vocabularies_apart(world):
-    hashes = [common.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
-    assert len(set(hashes)) == len(hashes) and hashes[0] == common.tokenizer_hash(common.load_tokenizer(world / "sft"))
+    hashes = [checks.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
+    assert len(set(hashes)) == len(hashes) and hashes[0] == checks.tokenizer_hash(common.load_tokenizer(world / "sft"))
     other = common.load_tokenizer(world / "sft")
     other.eos_token = other.convert_ids_to_tokens(300)  # the same vocabulary, but responses end otherwise
-    assert common.tokenizer_hash(other) not in hashes
+    assert checks.tokenizer_hash(other) not in hashes
 
 
 # ---------------------------------------------------------------- forward and generate

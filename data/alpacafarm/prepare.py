@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, fits, say, write_jsonl
+from common import fail, say, write_jsonl
+from extras.checks import check_row, fits
 from extras.command_line import load_config
 from extras.runs import begin, finish
 
@@ -62,13 +63,7 @@ def load_rows(path, fields):
     if not isinstance(rows, list) or not rows:
         fail(f"{path}: must be a list of rows, got {type(rows).__name__ if rows else 'an empty one'}")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            fail(f"{path}: row {number} must be an object, got {type(row).__name__}")
-        for name, kind in fields.items():
-            if name not in row:
-                fail(f"{path}: row {number} has no field {name!r}; it has: {', '.join(row) or 'nothing'}")
-            if not fits(row[name], kind):
-                fail(f"{path}: row {number}: {name} must be text, got {json.dumps(row[name])[:60]}")
+        check_row(row, fields, f"{path}: row {number}")
     return [{name: "" if row[name] is None and kind else row[name] for name, kind in fields.items()} for row in rows]
 
 

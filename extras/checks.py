@@ -1,0 +1,58 @@
+"""What a user may get wrong about files and models, found before any work: one line that names it and the mend.
+
+The stages' main() and common.read_jsonl use these; no mathematics is in here.
+"""
+import hashlib, json, re
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from common import fail
+
+
+def check_input(path, flag, made_by):
+    """fail() unless the file or folder is there; made_by is the command that makes it"""
+    if not Path(path).exists():
+        fail(f"--{flag}={path} does not exist; make it with: {made_by}")
+
+
+def check_model(path, flag, made_by):
+    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours"""
+    org = str(path).partition("/")[0]
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and org not in ("out", "data") and not Path(org).exists()
+    if not on_hub and not Path(path, "config.json").exists():
+        fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
+
+
+def check_positions(path, flag, length):
+    """fail() if rows are longer than the model's positions"""
+    room = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", length)
+    if length > room:
+        fail(f"--{flag}={path} has positions for {room} tokens, the longest row has {length}; lower the length limits")
+
+
+def tokenizer_hash(tokenizer):
+    """Two tokenizers are one if their vocabulary and special ids agree (pad never matters here)"""
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
+
+
+def check_row(row, fields, where):
+    """fail() unless a row of JSON is an object with the fields: name -> kind, as in fits(). More fields pass."""
+    if not isinstance(row, dict):
+        fail(f"{where}: must be a JSON object, got {type(row).__name__}")
+    for name, kind in fields.items():
+        if name not in row:
+            fail(f"{where}: no field {name!r}; the row has: {', '.join(row) or 'nothing'}")
+        if not fits(row[name], kind):
+            kinds = " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "null")
+                                for k in (kind if isinstance(kind, tuple) else (kind,)))
+            fail(f"{where}: {name} must be {kinds}, got {json.dumps(row[name])[:60]}")
+
+
+def fits(value, kind):
+    """kind: None (anything), a type, a literal value, or a tuple of these. A bool is no int."""
+    if isinstance(kind, tuple):
+        return any(fits(value, k) for k in kind)
+    match = isinstance(value, kind) if isinstance(kind, type) else kind is None or value == kind
+    return match and (kind in (None, bool) or not isinstance(value, bool))
