@@ -309,8 +309,7 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
         scores = TopPLogitsWarper(top_p)(None, scores)
     cdf = torch.softmax(scores, -1).cumsum(-1)
     whole = cdf[:, -1:]
-    below = torch.nextafter(whole, torch.zeros_like(whole))  # rounding must not reach the end
-    target = torch.minimum(u.to(cdf) * whole, below)
+    target = torch.minimum(u.to(cdf) * whole, torch.nextafter(whole, whole * 0))  # rounding must not reach the end
     return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 

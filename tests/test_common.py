@@ -5,11 +5,12 @@ from typing import Literal
 
 import pytest, sentencepiece, torch
 from conftest import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import common
 from extras import checks, runs
 from extras.command_line import load_config
+from extras.in_place_cache import in_place_cache
 from extras.pages import token_texts
 
 
@@ -89,6 +90,10 @@ def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
         mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", *parts)
     path.write_text("\n")
     mistake(capsys, lambda: common.read_jsonl(path, fields), str(path), "no rows")
+    path.write_bytes(good.encode() + good.replace('"a"', '"é"').encode("latin-1"))
+    mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", "not JSON", "utf-8")
+    path.write_bytes(b"\xef\xbb\xbf" + good.replace('"a"', '"é\u2028"').encode().replace(b"\n", b"\r\n"))  # an editor on Windows
+    assert common.read_jsonl(path, fields)[0]["text"] == "é\u2028"
 
 
 def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
@@ -245,6 +250,23 @@ def test_tokenizer_hash_tells_vocabularies_apart(world):
 
 
 # ---------------------------------------------------------------- forward and generate
+
+def test_the_cache_holds_what_transformers_own_holds():
+    """Random appends, and rows that leave or move, in both"""
+    config = LlamaConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    ours, plain = in_place_cache(config, room=40), DynamicCache(config=config)
+    B, length = 6, 0
+    for n, rows in ((5, [0, 1, 2, 3, 4, 5]), (1, [0, 5, 2, 4]), (1, [0, 1, 2, 3]), (3, [3, 1]), (1, [1]), (4, [0])):
+        for layer in range(2):
+            keys, values = torch.randn(2, B, 1, n, 4)
+            for a, b in zip(ours.update(keys, values, layer), plain.update(keys, values, layer)):
+                assert torch.equal(a, b)
+        length += n
+        assert ours.get_seq_length() == length
+        for cache in (ours, plain):
+            cache.batch_select_indices(torch.tensor(rows))
+        B = len(rows)
+
 
 @pytest.fixture(scope="module")
 def model():
