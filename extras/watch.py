@@ -55,6 +55,9 @@ def alarms(cfg, history, dtype):
     if row["eos_share"] == 0:
         words.append(f"all {cfg.rollout_batch} responses truncated: none has its EOS within --response_len="
                      f"{cfg.response_len}; raise it, or see missing_eos_penalty")
+    if len(history) % 10 == 0 and row["response_length"] > 1.5 * history[0]["response_length"]:
+        words.append(f"responses grow: {row['response_length']:.3g} tokens, {history[0]['response_length']:.3g} at "
+                     "first; see in samples.jsonl whether length is what is paid: anchor, kl_coef, reward_scale")
     if row["return_sd"] < 1e-8:
         words.append("reward flat: every response of this batch has the same return, there is nothing to learn from it")
     elif len(history) % 20 == 0:

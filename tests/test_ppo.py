@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tiny, monkeypatch,
 # ---------------------------------------------------------------- what one sees
 
 def history(n, **last):
-    row = dict(reward=1.0, kl=1.0, approx_kl=0.01, eos_share=0.9, return_sd=1.0, first_ratio_error=0.0)
+    row = dict(reward=1.0, kl=1.0, approx_kl=0.01, eos_share=0.9, return_sd=1.0, first_ratio_error=0.0, response_length=40.0)
     rows = [row | dict(step=k, reward=1.0 + 0.1 * k) for k in range(n)]
     rows[-1] |= last
     return rows
@@ -324,6 +324,14 @@ def test_a_flat_reward_is_told_every_twenty_steps():
     flat = [row | dict(reward=1.0 + 0.05 * (k % 3)) for k, row in enumerate(history(60))]
     told = [k for k in range(1, 61) if watch.alarms(ppo.Config(), flat[:k], torch.float32)]
     assert told == [20, 40, 60] and not any(watch.alarms(ppo.Config(), history(k), torch.float32) for k in range(1, 61))
+
+
+def test_growing_responses_are_told_every_ten_steps():
+    longer = [row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))]  # 60 is half as much again: step 20
+    assert [k for k in range(1, 51) if watch.alarms(ppo.Config(), longer[:k], torch.float32)] == [30, 40, 50]
+    said, = watch.alarms(ppo.Config(), longer[:30], torch.float32)
+    assert "responses grow: 69 tokens, 40 at first" in said
+    assert watch.alarms(ppo.Config(), longer[:20], torch.float32) == []
 
 
 def test_length_pressure_is_told_from_the_first_rollout():
