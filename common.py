@@ -1,9 +1,9 @@
 """What the stages share, or two of them must agree on: files, prompts and tokens, ranks, models, forward, generation.
 
-One alphabet in every file: B sequences, P prompt tokens, T response tokens, S = P + T, V vocabulary. A mask is True
+One alphabet in every file: B sequences, P prompt tokens, T response tokens, S of both, V vocabulary. A mask is True
 where a token counts; it comes from lengths, never from `ids == pad`. Names: prompt_ids [B, P]; response_ids,
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
-padding around them.
+padding around them. What is beside the story stands in extras/ and is imported where it is used.
 """
 import functools, json, math, os, random, sys, time
 from contextlib import contextmanager
@@ -17,8 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default))  # torchrun sets them
-                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -36,23 +35,16 @@ def fail(message):
 def say(*words):
     """print on rank 0, above the progress bar"""
     if RANK == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+        tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
 
 
 def read_jsonl(path, fields):
     """The rows of a JSONL file (list of dict). fields: name -> kind, as in extras.checks.fits(). A malformed row ends
     the run with file:line; extra fields pass."""
-    from extras.checks import check_row
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    fail(f"{path}:{number}: not JSON ({error})")
-                check_row(rows[-1], fields, f"{path}:{number}")
+    from extras.checks import open_input, parse_row
+    with open_input(path) as file:
+        rows = [parse_row(line, fields, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()]
     return rows or fail(f"{path}: no rows in it")
 
 
@@ -60,15 +52,13 @@ def write_jsonl(path, rows):
     """One object a line; the file has its name only when it is whole"""
     from extras.runs import replacing
     with replacing(path) as file:
-        for row in rows:
-            file.write(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n")
+        file.writelines(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------- text and tokens
 
-PROMPT = ("Below is an instruction that describes a task. "
-          "Write a response that appropriately completes the request.\n\n"
-          "### Instruction:\n{instruction}\n\n### Response:")
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{instruction}\n\n### Response:")
 PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
                 "Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
@@ -100,10 +90,11 @@ def whole_characters(text):
 
 
 def encode_prompt(tokenizer, row):
-    """Alpaca's prompt of a row -> ids, with bos once where the model family puts one"""
+    """Alpaca's prompt of a row -> ids, with bos once where the model family puts one: where encode() does, and where it
+    is <s>, since a bare Llama tokenizer.model adds none by itself"""
     template = PROMPT_INPUT if row.get("input") else PROMPT
     text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
-    bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id  # <s>: bare Llama
+    bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id
     return [tokenizer.bos_token_id] * bos + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -123,19 +114,20 @@ def decode_response(tokenizer, ids):
 
 
 def rows_at(start, stop, n, seed):
-    """Rows start..stop of an endless stream, n rows in a new order each epoch; what one leaves opens the next batch"""
+    """Rows start..stop of an endless stream, n rows in a new order each epoch; a batch may span two epochs"""
     return [epoch_order(n, seed, k // n)[k % n] for k in range(start, stop)]
 
 
 @functools.lru_cache(4)
 def epoch_order(n, *key):
+    """0..n-1 in the order of a key, such as (seed, epoch); the list is shared: not to be changed"""
     order = list(range(n))
     random.Random(" ".join(map(str, key))).shuffle(order)
     return order
 
 
 def row_uniforms(length, *key):
-    """The draws of one row, [length] in [0, 1): from its own key (seed, step, row) alone, not its neighbours or rank"""
+    """The draws of one row, [length] in [0, 1): from its own key, such as (seed, step, row): no neighbours, no rank"""
     draw = random.Random(" ".join(map(str, key)))
     return torch.tensor([draw.getrandbits(24) for _ in range(length)]) / 2**24  # 24 bits: exact in float32, never 1.0
 
@@ -145,18 +137,17 @@ def row_uniforms(length, *key):
 def setup(dtype="auto"):
     """-> device, mesh (None: one process, a CPU, float32: nothing to shard or cast), compute dtype. All ranks."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     compute = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
     if cuda:
         torch.cuda.set_device(device)
     elif WORLD == 1 and compute == torch.float32:
         return device, None, compute
     lonely = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # without torchrun
-    from torch.distributed.device_mesh import init_device_mesh  # here, as FSDP's: a second of every start without it
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **lonely)
     node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # several machines: shard inside one, replicate across (HSDP)
     shape, names = ((WORLD // node, node), ("replicate", "shard")) if node < WORLD else ((WORLD,), ("shard",))
-    return device, init_device_mesh(device.type, shape, mesh_dim_names=names), compute
+    return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute
 
 
 def barrier():
@@ -176,11 +167,9 @@ def deal(rows, lengths, micro_batch):
     """This rank's micro-batches of an optimizer batch: lists of row numbers, rows of similar length together, the same
     number of lists on every rank (one may be empty: run any row with weight 0, for FSDP's collectives). lengths[row]:
     its tokens. Rows are dealt to and fro, so that no rank has all the long ones."""
-    order = sorted(rows, key=lambda row: (lengths[row], row))
-    turns = [order[start:start + WORLD] for start in range(0, len(order), WORLD)]
-    places = [RANK if number % 2 else WORLD - 1 - RANK for number in range(len(turns))]
-    mine = [turn[place] for turn, place in zip(turns, places) if place < len(turn)]
-    return [mine[i:i + micro_batch] for i in range(0, len(turns), micro_batch)]
+    order = sorted(rows, key=lambda row: (lengths[row], row))  # of two ranks: 1 0 0 1 1 0 0 1 ...
+    mine = [row for k, row in enumerate(order) if k % (2 * WORLD) in (WORLD - 1 - RANK, WORLD + RANK)]
+    return [mine[i:i + micro_batch] for i in range(0, -(-len(order) // WORLD), micro_batch)]
 
 
 # ---------------------------------------------------------------- models
@@ -190,13 +179,12 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
 
     Trained: float32 master weights, computing in dtype. Frozen: held in dtype. A folder without weights (the toy
     world's) is initialised from seed. Sharded over mesh if there is one. All ranks."""
-    Auto, config = AutoModelForCausalLM, AutoConfig.from_pretrained(path)
-    for name in [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]:
-        setattr(config, name, 0.0)
+    Auto, config = AutoModelForTokenClassification if head else AutoModelForCausalLM, AutoConfig.from_pretrained(path)
+    config.update({name: 0.0 for name in vars(config) if "dropout" in name or name.endswith("pdrop")})
     if head:
-        Auto = AutoModelForTokenClassification
         config.num_labels, config.token_classification_bias, config.classifier_dropout = 1, False, 0.0
-    held, whole = dtype if frozen else torch.float32, None
+    held = dtype if frozen else torch.float32
+    whole = None
     if not mesh or RANK == 0:  # one whole copy in host memory: the other ranks get their shards from it
         if Path(path).exists() and not any(Path(path).glob("*.safetensors*")):
             torch.manual_seed(seed)
@@ -217,10 +205,11 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        # the root's weights stay whole between forward and backward (None); a frozen model has no backward
         fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True if frozen else None)
         for part in sharded_parts(model):
             part.set_gradient_divide_factor(1.0)  # the losses are sums over global counts: gradients add up
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
         model.to_empty(device=device)
         set_model_state_dict(model, whole.state_dict() if whole else {}, options=StateDictOptions(
             full_state_dict=True, broadcast_from_rank0=True))
@@ -248,7 +237,7 @@ def unsharded(model):
     finally:
         for part in sharded_parts(model):
             part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.set_reshard_after_forward(part is not model or not training, recurse=False)
         model.train(training)
 
 
@@ -264,10 +253,9 @@ def pack(prompts, responses, device):
     little as can be, and logits are needed for the last T + 1 columns only."""
     S, T = max(len(p) + len(r) for p, r in zip(prompts, responses)), max(map(len, responses))
     ids = torch.tensor([[0] * (S - len(p) - len(r)) + p + r for p, r in zip(prompts, responses)], device=device)
-    starts = torch.tensor([S - len(p) - len(r) for p, r in zip(prompts, responses)], device=device)
-    lengths = torch.tensor([len(r) for r in responses], device=device)
-    mask = torch.arange(S, device=device) >= starts[:, None]                                        # [B, S]
-    return ids, mask, torch.arange(T, device=device) < lengths[:, None]                             # [B, T]
+    P, R = torch.tensor([(len(p), len(r)) for p, r in zip(prompts, responses)], device=device).T[..., None]  # [B, 1]
+    mask = torch.arange(S, device=device) >= S - P - R                                              # [B, S]
+    return ids, mask, torch.arange(T, device=device) < R                                            # [B, T]
 
 
 def to_left(x, response_mask):
@@ -310,17 +298,17 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
     cdf = torch.softmax(scores, -1).cumsum(-1)
     whole = cdf[:, -1:]
     target = torch.minimum(u.to(cdf) * whole, torch.nextafter(whole, whole * 0))  # rounding must not reach the end
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)  # NaN would be token V
 
 
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0, top_k=0,
              uniforms=None):
     """Sample responses: left-padded prompts [B, P] -> response_ids [B, T], response_mask [B, T]; T is the longest row,
-    EOS is counted, what lies behind it is 0. Rows that have ended leave the batch, so only real tokens are computed.
+    EOS is counted, what lies behind it is 0. Rows that have ended leave the batch: no token behind an EOS is computed.
 
     uniforms [B, max_new_tokens] in [0, 1): the draw of each token; None: torch's generator. eos_id None: never ends.
-    temperature 0: argmax. ValueError in train mode: there activation checkpointing silently drops the KV cache."""
+    temperature 0: argmax. ValueError in train mode."""
     from extras.in_place_cache import in_place_cache
     if model.training:
         raise ValueError("generate needs model.eval(): in train mode activation checkpointing drops the KV cache")
@@ -335,8 +323,7 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
         logits = model(input_ids=ids, attention_mask=mask[:, :P + t], position_ids=positions, past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1]                              # [lines, V]
         tokens = draw_tokens(logits, uniforms[rows, t:t + 1], temperature, top_p, top_k)
-        response_ids[rows, t] = tokens
-        lengths[rows] = t + 1
+        response_ids[rows, t], lengths[rows] = tokens, t + 1
         alive = tokens != eos_id if eos_id is not None else torch.ones_like(tokens, dtype=torch.bool)
         left = int(alive.sum())
         if left == 0:
@@ -365,7 +352,7 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(norm):
-        fail(f"{where}: the gradient's norm is {norm}; nothing was updated, the last checkpoint is good. "
+        fail(f"{where}: the gradient's norm is {norm}; nothing was updated, what is saved is good. "
              "Lower --lr, or look at the rows")
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)

@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 
 from common import (RANK, WORLD, barrier, decode_response, encode_prompt, encode_response, fail, generate, load_model,
-                    load_tokenizer, pack, read_jsonl, row_uniforms, say, setup, unsharded, whole_characters, write_jsonl)
+                    load_tokenizer, pack, read_jsonl, row_uniforms, say, setup, unsharded, whole_characters,
+                    write_jsonl)
 from reward_model import reward_level
 
 
@@ -172,7 +173,7 @@ def tell(figures, indent=""):
 # ---------------------------------------------------------------- decode
 
 def decode(cfg):
-    from extras.checks import check_input, check_model, check_positions
+    from extras.checks import check_fits, check_input, check_model
     from extras.runs import begin, finish, logged, progress
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -182,7 +183,7 @@ def decode(cfg):
         fail(f"--out must be a .jsonl file, got {cfg.out}")
     rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
-    check_positions(cfg.model, "model", max(map(len, prompts)) + cfg.response_len)
+    check_fits(cfg.model, "model", max(map(len, prompts)) + cfg.response_len)
     if begin(cfg, inputs=[cfg.data, Path(cfg.model, "config.json"), Path(cfg.model, "run.json")], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
@@ -262,7 +263,7 @@ def judge_request(cfg, pair, first):
 
 
 def judge(cfg):
-    from extras.checks import check_input, check_model, check_positions
+    from extras.checks import check_fits, check_input, check_model
     from extras.runs import begin, finish, logged
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
     check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -287,7 +288,7 @@ def judge(cfg):
         prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
         answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", []))
                    or [tokenizer.eos_token_id] for pair in pairs for row in pair]
-        check_positions(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
+        check_fits(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
     free = ("concurrency", "batch_api", "dry_run", "micro_batch")
     finished = begin(cfg, free=free, inputs=[cfg.outputs, cfg.reference])
     if finished and not any(row["preference"] is None for row in logged(cfg.out)):

@@ -257,14 +257,12 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
 
 def check(cfg):
     """What can be wrong with a run before any model is loaded -> tokenizer, the reward model's level"""
-    from extras.checks import check_input, check_model, check_positions, tokenizer_hash
+    from extras.checks import check_counts, check_fits, check_input, check_model, tokenizer_hash
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    for name in ("steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
-                 "ppo_epochs", "response_len", "save_every", "resume_every", "sample_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    check_counts(cfg, "steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
+                 "ppo_epochs", "response_len", "save_every", "resume_every", "sample_every")
     if -(-cfg.rollout_batch // cfg.rollout_micro_batch) < WORLD:
         fail(f"--rollout_batch={cfg.rollout_batch} in groups of --rollout_micro_batch={cfg.rollout_micro_batch} leaves "
              f"some of the {WORLD} ranks without rollouts; make the groups smaller")
@@ -283,7 +281,7 @@ def check(cfg):
         fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; it scores the "
              "policy's own ids")
     for flag in ("policy", "reward_model"):
-        check_positions(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
+        check_fits(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
     return tokenizer, kind
 
 

@@ -198,15 +198,14 @@ def reward_level(path):
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_input, check_model, check_positions
+    from extras.checks import check_counts, check_fits, check_input, check_model
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
-    if cfg.steps is not None and cfg.steps < 1:
-        fail(f"--steps must be at least 1, got {cfg.steps} (None: epochs)")
+    check_counts(cfg, "epochs", "steps", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
     if cfg.head_lr_factor <= 0:
         fail(f"--head_lr_factor must be above 0, got {cfg.head_lr_factor}: with a head of zeros nothing would learn")
     if cfg.anchor and cfg.loss == "sequence":
@@ -215,7 +214,7 @@ def main(cfg):
     pairs, read = read_pairs(cfg.data, "data", tokenizer, cfg.max_tokens, masks_needed=cfg.loss != "sequence")
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
     lengths = [pair_cost(pair) for pair in pairs]
-    check_positions(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
+    check_fits(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], pairs=len(pairs)):
         return say(f"{cfg.out} is finished; nothing to do")
 

@@ -39,10 +39,11 @@ class Config:
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_input, check_model, check_positions
+    from extras.checks import check_counts, check_fits, check_input, check_model
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
-    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Hugging Face model")
+    check_counts(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
+    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None)), "output": str})
     tokenizer = load_tokenizer(cfg.model)
@@ -53,7 +54,7 @@ def main(cfg):
         fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
     prompts, responses = zip(*fitting)
     lengths = [len(p) + len(r) for p, r in fitting]
-    check_positions(cfg.model, "model", max(lengths))
+    check_fits(cfg.model, "model", max(lengths))
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 

@@ -5,7 +5,8 @@ The stages' main() and common.read_jsonl use these; no mathematics is in here.
 import hashlib, json, re
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForTokenClassification
 
 from common import fail
 
@@ -22,19 +23,55 @@ def check_model(path, flag, made_by):
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and org not in ("out", "data") and not Path(org).exists()
     if not on_hub and not Path(path, "config.json").exists():
         fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
+    if not any(Path(path).glob("*.safetensors*")) and any(Path(path).glob("*.bin*")):
+        fail(f"--{flag}={path} has its weights in .bin, a pickle, which is never loaded; save it as safetensors first")
 
 
-def check_positions(path, flag, length):
-    """fail() if rows are longer than the model's positions"""
-    room = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", length)
+def check_counts(cfg, *names):
+    """fail() unless these fields, numbers of rows, tokens or steps, are at least 1 (or None)"""
+    for name in names:
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
+            fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+
+
+def check_fits(path, flag, length):
+    """fail() unless rows of so many tokens have positions in the model, and the model has the parts that load_model
+    knows: the layers that FSDP shards, the head that gives a number per token"""
+    config = AutoConfig.from_pretrained(path)
+    room = getattr(config, "max_position_embeddings", length)
     if length > room:
         fail(f"--{flag}={path} has positions for {room} tokens, the longest row has {length}; lower the length limits")
+    try:
+        with torch.device("meta"):  # no memory, no time
+            model = AutoModelForTokenClassification.from_config(config)
+        known = hasattr(model.base_model, "layers") and hasattr(model, "score")
+    except ValueError:  # transformers has no such class for this family
+        known = False
+    if not known:
+        fail(f"--{flag}={path} is of the family {config.model_type}; the stages take what is built as Llama is (model.layers, score)")
 
 
 def tokenizer_hash(tokenizer):
     """Two tokenizers are one if their vocabulary and special ids agree (pad never matters here)"""
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
+
+
+def open_input(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+
+
+def parse_row(line, fields, where):
+    """One line of a JSONL file -> its row, checked"""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        fail(f"{where}: not JSON ({error})")
+    check_row(row, fields, where)
+    return row
 
 
 def check_row(row, fields, where):

@@ -28,7 +28,7 @@ def parse(text, kind, where):
 
 def did_you_mean(name, names, form="{!r}"):
     near = difflib.get_close_matches(name, names, 1)
-    return f". Did you mean {form.format(near[0])}?" if near else "; --help lists them"
+    return f". Did you mean {form.format(near[0])}?" if near else f"; there are: {', '.join(names)}"
 
 
 def read_preset(path, table):
@@ -79,7 +79,8 @@ def one_line(kind, error, trace):
     if kind is BrokenPipeError:  # `| head` has seen enough
         os._exit(0)
     if kind is KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        anew = ", without --overwrite," if any(word.startswith("--overwrite") for word in sys.argv) else ""
+        print(f"\ninterrupted: the same command{anew} goes on from here", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
         print(f"{Path(sys.argv[0]).name}: cannot write {error.filename or ''}: {error.strerror}; what was written "
               "before is valid: free some space (or choose another --out), run the same command again", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from common import RANK, deal, fail, load_model, load_tokenizer, pack, say, setup, token_heads, total
-from extras.checks import check_input, check_model, check_positions
+from extras.checks import check_fits, check_input, check_model
 from extras.runs import begin, finish, replacing
 from evaluate import tell
 from extras.reward_figures import figures_of, read_held_out
@@ -39,7 +39,8 @@ def write_rewards(cfg):
     level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
     files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
     pairs = [pair for file in files for pair in file["pairs"]]  # (row, prompt, better, worse), the last three as ids
-    check_positions(cfg.reward_model, "reward_model", max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs))
+    longest = max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs)
+    check_fits(cfg.reward_model, "reward_model", longest)
     inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
     if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
         return say(f"{cfg.out} is finished; nothing to do")

@@ -5,7 +5,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 def in_place_cache(config, room):
-    """A Cache for a model of this config, empty; room: the most tokens that a row may get, prompt and padding included"""
+    """A Cache for a model of this config, empty; room: the most tokens a row may get, padding and prompt included"""
     return Cache(layers=[InPlaceLayer(room) for _ in range(config.get_text_config().num_hidden_layers)])
 
 

@@ -18,8 +18,8 @@ from common import RANK, WORLD, fail, say, write_jsonl
 # ---------------------------------------------------------------- what wrote an output, and may it go on?
 
 def is_file(out):
-    """An output is a file if its name has a suffix of letters: edits.jsonl, but not out/rm_0.3"""
-    return Path(out).suffix[1:].isalpha()
+    """An output is a file if its name ends so: edits.jsonl, but not out/rm_0.3 or out/sft.small"""
+    return Path(out).suffix in (".jsonl", ".json", ".html", ".md")
 
 
 def record_path(out):
@@ -70,6 +70,10 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     out, old = Path(cfg.out), {} if cfg.overwrite else record_of(cfg.out)
     if RANK > 0:
         return bool(old.get("finished"))
+    usual = getattr(type(cfg), "out", None) or out
+    if is_file(out) != is_file(usual):
+        kind = "a file, named" if is_file(usual) else "a folder, not named as a file is"
+        fail(f"--out={out} must be {kind}: such as {usual}")
     record_path(out).parent.mkdir(parents=True, exist_ok=True)
     LOCKS.append(open(record_path(out).with_suffix(".lock"), "w"))
     try:
@@ -100,7 +104,11 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
             return True
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        try:
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+            return done.stdout.strip()
+        except OSError:  # no git here
+            return ""
     record = dict(config=config, inputs=seen, **facts, finished=False, command=" ".join(sys.argv),
                   commit=git("rev-parse", "--short", "HEAD"), dirty=bool(git("status", "--porcelain")),
                   torch=torch.__version__, transformers=transformers.__version__, world_size=WORLD,

@@ -121,7 +121,8 @@ def stop_if_told(cfg, step, saved, models, optimizer, device):
     if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
         if step != saved:
             save_checkpoint(cfg.out, step, models, optimizer)
-        say(f"SIGTERM: stopped after {step} steps; the same command goes on from there")
+        say(f"SIGTERM: stopped after {step} steps; the same command goes on from there"
+            + " (without --overwrite)" * cfg.overwrite)
         raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -5,11 +5,12 @@ from typing import Literal
 
 import pytest, sentencepiece, torch
 from conftest import ROOT
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import (BartConfig, DynamicCache, GPT2Config, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,
+                          Qwen2Config)
 
 import common
 from extras import checks, runs
-from extras.command_line import load_config
+from extras.command_line import load_config, one_line
 from extras.in_place_cache import in_place_cache
 from extras.pages import token_texts
 
@@ -64,6 +65,7 @@ def test_every_mistake_is_one_line(tmp_path, capsys):
     mistake(capsys, preset("[pppo]\nlr = 3\n"), "'pppo'", "Did you mean [ppo]")
     mistake(capsys, preset("[evaluate.decod]\nlr = 3\n"), "'evaluate.decod'", "Did you mean [evaluate.decode]")
     mistake(capsys, preset("lr = 3\n"), "'lr' is not a table")
+    mistake(capsys, preset("[zzzz]\n"), "'zzzz'", "there are: prepare, sft, ")
     mistake(capsys, preset("[ppo\n"), "a.toml")
     mistake(capsys, lambda: config("none.toml"), "none.toml", "No such file")
 
@@ -90,6 +92,9 @@ def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
         mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", *parts)
     path.write_text("\n")
     mistake(capsys, lambda: common.read_jsonl(path, fields), str(path), "no rows")
+    path.write_text("[" * 100_000)
+    mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:1: ", "not JSON")
+    mistake(capsys, lambda: common.read_jsonl(tmp_path, fields), f"{tmp_path}: Is a directory")
     path.write_bytes(good.encode() + good.replace('"a"', '"é"').encode("latin-1"))
     mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", "not JSON", "utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + good.replace('"a"', '"é\u2028"').encode().replace(b"\n", b"\r\n"))  # an editor on Windows
@@ -106,6 +111,33 @@ def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch,
         mistake(capsys, lambda: checks.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
 
 
+def test_pickled_weights_are_refused(tmp_path, capsys):
+    """...and not taken for a folder without weights, which gets new ones"""
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    mistake(capsys, lambda: checks.check_model(tmp_path, "model", "python sft.py"), f"--model={tmp_path}", "never loaded")
+    (tmp_path / "model.safetensors").write_text("")
+    checks.check_model(tmp_path, "model", "python sft.py")
+
+
+def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
+    for name, config in (("llama", LlamaConfig()), ("qwen", Qwen2Config(max_position_embeddings=50)), ("gpt2", GPT2Config()),
+                         ("neox", GPTNeoXConfig()), ("bart", BartConfig())):  # GPT-2: no layers; NeoX: no score; Bart: no such class
+        config.save_pretrained(tmp_path / name)
+    checks.check_fits(tmp_path / "llama", "model", 2048)
+    checks.check_fits(tmp_path / "qwen", "model", 50)
+    mistake(capsys, lambda: checks.check_fits(tmp_path / "qwen", "model", 51), "--model=", "positions for 50 tokens, the longest row has 51")
+    for name in ("gpt2", "neox", "bart"):
+        mistake(capsys, lambda: checks.check_fits(tmp_path / name, "model", 9), f"--model={tmp_path}/{name}", "built as Llama is")
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    for words, said in (([], "the same command goes on"), (["--overwrite=true"], "the same command, without --overwrite, goes on")):
+        monkeypatch.setattr("sys.argv", ["sft.py", *words])
+        one_line(KeyboardInterrupt, KeyboardInterrupt(), None)
+        assert said in capsys.readouterr().err
+
+
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     path = tmp_path / "new/a.jsonl"
     common.write_jsonl(path, [{"a": 1}])
@@ -119,7 +151,7 @@ def test_a_lone_surrogate_is_data(tmp_path):
     assert "<b>" in common.read_jsonl(tmp_path / "a.jsonl", {"a": str})[0]["a"]
 
 
-def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
+def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     @dataclass(frozen=True)
     class Run:
         out: str
@@ -158,6 +190,14 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys):
     runs.finish(Run(f"{tmp_path}/out"), keep_checkpoint=False)
     assert not (tmp_path / "out/checkpoint_5").exists()
     assert runs.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
+    release()
+    for usual, wrong, words in (("out/sft", "a.jsonl", "a folder"), ("out/e.jsonl", "a", "a file"), ("out/e.jsonl", "a.txt", "a file")):
+        Usual = type("Usual", (Run,), {"out": usual})
+        mistake(capsys, lambda: runs.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)
+        assert not list(tmp_path.glob("a*"))
+    monkeypatch.setenv("PATH", "")  # no git
+    assert runs.begin(Run(f"{tmp_path}/sft.small")) is False and runs.record_of(tmp_path / "sft.small")["commit"] == ""
+    assert (tmp_path / "sft.small/run.json").exists()
     release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
