@@ -8,6 +8,7 @@ import itertools, sys
 sys.path.insert(0, {root!r})
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 import common
 loads, kinds = [], ((None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32))
@@ -35,6 +36,11 @@ for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
     assert all(p.requires_grad != frozen for p in model.parameters()) and model.training != frozen
     with torch.no_grad():
         ids = torch.tensor([[5, 6, 7, 2, 8]])
+        with common.unsharded(model):
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+        assert all(isinstance(p, DTensor) for p in model.parameters()) and model.training != frozen
+        model(input_ids=ids)  # what is trained keeps its root whole for the backward, what is frozen keeps nothing
+        assert all(isinstance(p, DTensor) for p in model.parameters()) == frozen
         logits = want.to(torch.bfloat16)(input_ids=ids).logits
         assert torch.allclose(model.eval()(input_ids=ids).logits, logits, atol=0.02)
 assert set(loads) <= {{0}}, loads
