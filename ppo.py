@@ -206,7 +206,7 @@ def stop_if(bad, what, step, numbers, cfg):
     if bad.any():
         rows = [numbers[i] for i in bad.nonzero()[:, 0].tolist()]
         fail(f"step {step}: {what} not finite in row(s) {', '.join(map(str, rows[:8]))}{', ...' * (len(rows) > 8)} of "
-             f"{cfg.data}; the last checkpoint in {cfg.out} is good. Lower --lr, or look at the rows")
+             f"{cfg.data}; what is saved in {cfg.out} is good. Lower --lr, or look at the rows")
 
 
 def update(models, optimizer, rollout, cfg, step, lr, device):
