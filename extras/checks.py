@@ -48,7 +48,8 @@ def check_fits(path, flag, length):
     except ValueError:  # transformers has no such class for this family
         known = False
     if not known:
-        fail(f"--{flag}={path} is of the family {config.model_type}; the stages take what is built as Llama is (model.layers, score)")
+        fail(f"--{flag}={path} is of the family {config.model_type}; the stages take what is built as Llama is "
+             "(model.layers, score)")
 
 
 def tokenizer_hash(tokenizer):
