@@ -28,7 +28,8 @@ def fail(message):
     """One line on stderr, exit code 2. Every rank finds the same mistake; rank 0 is to say it."""
     if RANK > 0:
         time.sleep(10)  # torchrun ends us first, unless the mistake is this rank's own
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else "?" for c in f"{Path(sys.argv[0]).name}: {message}")  # it quotes files
+    print(line, file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -352,7 +353,7 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(norm):
-        fail(f"{where}: the gradient's norm is {norm}; nothing was updated, what is saved is good. "
+        fail(f"{where}: the gradient's norm is {norm}; what was saved before is kept. "
              "Lower --lr, or look at the rows")
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)

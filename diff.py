@@ -13,7 +13,7 @@ many of the edited answer's last tokens over the edge, and the original's, left 
 Pairs that are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed
 edits (edited: null).
 """
-import json, sys
+import json, sys, unicodedata
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
@@ -127,7 +127,7 @@ def changed_share(original_changed, edited_changed):
 
 def diff_row(row, tokenizer, gaps=False):
     """A row of edits.jsonl -> a row of diffs.jsonl; its other fields pass through"""
-    cut = row.get("cut", [])
+    cut = row.get("cut") or []
     original_ids = encode_response(tokenizer, row["original"], eos="original" not in cut)
     edited_ids = encode_response(tokenizer, row["edited"], eos="edited" not in cut)
     original_changed, edited_changed = align(original_ids, edited_ids, gaps=gaps)
@@ -180,18 +180,19 @@ def draw(original_texts, original_changed, edited_texts, edited_changed, *, blam
 def plain(text):
     """Text that cannot steer a terminal: control characters but the newline as their pictures"""
     def shown(c):
-        if c == "\n" or c.isprintable():
-            return c
+        if c == "\n" or c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u00ad\u200c\u200d":
+            return c  # wide spaces, soft hyphens and the joiners of emoji and scripts steer nothing
         return chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
     return "".join(map(shown, text))
 
 
 def show(cfg):
     """The first n changed pairs of an edits file, in the terminal or as a page"""
-    from extras.checks import check_input, check_model
+    from extras.checks import check_input, check_model, check_numbers
     from extras.pages import diff_page, token_texts
+    check_numbers(cfg, "n")
     check_input(cfg.data, "data", "python edit.py")
-    check_model(cfg.tokenizer, "tokenizer", "python sft.py")
+    check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     tokenizer, pictures = load_tokenizer(cfg.tokenizer), []
     rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS) if row["edited"] not in (None, row["original"])]
     for row in rows[:cfg.n]:
@@ -219,10 +220,13 @@ EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str, 
 
 
 def main(cfg):
-    from extras.checks import check_input, check_model, tokenizer_hash
+    from extras.checks import check_input, check_model, check_numbers, tokenizer_hash
     from extras.runs import begin, finish, replacing
     check_input(cfg.data, "data", "python edit.py")
-    check_model(cfg.tokenizer, "tokenizer", "python sft.py")
+    check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
+    if not 0 < cfg.max_changed <= 1:
+        fail(f"--max_changed is a share, above 0 and at most 1, got {cfg.max_changed}")
+    check_numbers(cfg, "max_tokens")
     rows = read_jsonl(cfg.data, EDIT_FIELDS)
     tokenizer = load_tokenizer(cfg.tokenizer)
     if begin(cfg, inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer)):

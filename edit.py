@@ -289,6 +289,14 @@ def main(cfg):
         fail(f"--max_tokens={cfg.max_tokens} must be 1 to 21,333: for more the API wants to stream")
     if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
         fail("--concurrency and --limit must be at least 1, --retries at least 0")
+    if cfg.dry_run and cfg.editor != "claude":
+        fail(f"--dry_run=true counts what Claude would cost; --editor={cfg.editor} asks nobody")
+    if cfg.tokenizer:
+        load_tokenizer(cfg.tokenizer)  # wanted for the figures at the end: now is the time to miss it
+    if cfg.editor == "rules":
+        from data.toy.prepare import gold, mend
+        for row in rows.values():
+            gold(row, row["original"])  # ends the run where a row is not of the toy world
     if cfg.dry_run:
         from extras.claude_plan import show_plan
         return show_plan([build_request(cfg, row) for row in rows.values()], [row["original"] for row in rows.values()],
@@ -329,7 +337,6 @@ def main(cfg):
             from extras.edit_page import serve
             serve(rows, done, save, stop)
         if cfg.editor == "rules" and todo:
-            from data.toy.prepare import mend
             for key, row in todo.items():
                 save(key, mend(row, row["original"], random.Random(f"{cfg.seed} {key}"), p=0.9))
         asked = todo if cfg.editor in ("claude", "local") else {}
@@ -366,7 +373,10 @@ def main(cfg):
     if left or stop.is_set() and asked:
         say(f"{left} of {len(rows)} rows are left, {len(asked)} may be asked again: the same command goes on")
         raise SystemExit(130 if stop.is_set() else 0)
-    finish(cfg, rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **spent)
+    tokens = Counter()
+    for row in done.values():
+        tokens.update(row.get("usage") or {})
+    finish(cfg, config=vars(cfg), rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **tokens)
     if todo:
         from extras.edit_stats import show_stats
         n = 10 if sys.stdout.isatty() else 0  # texts are for the eye, not for a log

@@ -183,8 +183,8 @@ def decode(cfg):
         fail(f"--out must be a .jsonl file, got {cfg.out}")
     rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
-    check_fits(cfg.model, "model", max(map(len, prompts)) + cfg.response_len)
-    if begin(cfg, inputs=[cfg.data, Path(cfg.model, "config.json"), Path(cfg.model, "run.json")], rows=len(rows)):
+    check_fits(cfg.model, "model", max(map(len, prompts)) + cfg.response_len, speaks=True)
+    if begin(cfg, inputs=[cfg.data, cfg.model], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
 
@@ -227,7 +227,7 @@ def matched(path_1, path_2, key, kinds):
     def by_question(path):
         found = defaultdict(list)
         for row in read_jsonl(path, {"instruction": str} | kinds):
-            found[tuple(row.get(name) or "" for name in key)].append(row)
+            found[tuple(str(row.get(name) or "") for name in key)].append(row)
         return found
 
     rows_1, rows_2 = by_question(path_1), by_question(path_2)
@@ -263,10 +263,11 @@ def judge_request(cfg, pair, first):
 
 
 def judge(cfg):
-    from extras.checks import check_fits, check_input, check_model
+    from extras.checks import check_fits, check_input, check_model, check_numbers
     from extras.runs import begin, finish, logged
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
     check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    check_numbers(cfg, "concurrency", "max_tokens", "micro_batch")
     if cfg.orders not in (1, 2) or Path(cfg.out).suffix != ".jsonl":
         fail(f"--orders must be 1 or 2, --out a .jsonl file; got {cfg.orders} and {cfg.out}")
     if WORLD > 1 and cfg.judge != "reward_model":
@@ -276,17 +277,26 @@ def judge(cfg):
               [1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
               for i, (theirs, ours) in enumerate(pairs)]
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
+    if cfg.dry_run and cfg.judge != "claude":
+        fail(f"--dry_run=true counts what Claude would cost; --judge={cfg.judge} asks nobody")
     if cfg.dry_run:
         from extras.claude_plan import show_plan
         requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
         plan = dict(requests=requests, answers=["Output (a)"] * len(requests), batch=cfg.batch_api)
         return show_plan(**plan) if requests else say("no two answers differ: nothing would be asked")
+    scores, errors = None, {}
+    if cfg.judge == "claude" and cases:
+        from edit import claude_client
+        claude_client() or fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
+    if cfg.judge == "gold":
+        from data.toy.prepare import gold
+        scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]
     if cfg.judge == "reward_model":
         check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model",
                     "python reward_model.py")
         level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
         prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
-        answers = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", []))
+        answers = [encode_response(tokenizer, row["output"], eos="output" not in (row.get("cut") or []))
                    or [tokenizer.eos_token_id] for pair in pairs for row in pair]
         check_fits(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
     free = ("concurrency", "batch_api", "dry_run", "micro_batch")
@@ -295,14 +305,10 @@ def judge(cfg):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- replies[case]: "Output (a)", from whomever
-    scores, errors = None, {}
     if cfg.judge == "claude":
         from extras.claude_judge import ask_judge
         replies, errors = ask_judge(cfg, {(i, first): judge_request(cfg, pairs[i], first) for i, first in cases})
-    elif cfg.judge == "gold":
-        from data.toy.prepare import gold
-        scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]
-    else:
+    elif cfg.judge == "reward_model":
         from extras.held_out import score
         R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]            # all ranks
         scores = [R[i:i + 2] for i in range(0, len(R), 2)]
@@ -362,7 +368,8 @@ def summary(rows):
 
 
 def winrate(cfg):
-    from extras.checks import check_input
+    from extras.checks import check_input, check_numbers
+    check_numbers(cfg, "resamples")
     if len(cfg.data) not in (1, 2):
         fail("winrate needs one or two files of annotations: python evaluate.py winrate out/ppo/annotations.jsonl")
     for path in cfg.data:

@@ -206,7 +206,7 @@ def stop_if(bad, what, step, numbers, cfg):
     if bad.any():
         rows = [numbers[i] for i in bad.nonzero()[:, 0].tolist()]
         fail(f"step {step}: {what} not finite in row(s) {', '.join(map(str, rows[:8]))}{', ...' * (len(rows) > 8)} of "
-             f"{cfg.data}; what is saved in {cfg.out} is good. Lower --lr, or look at the rows")
+             f"{cfg.data}; what was saved before in {cfg.out} is kept. Lower --lr, or look at the rows")
 
 
 def update(models, optimizer, rollout, cfg, step, lr, device):
@@ -257,12 +257,12 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
 
 def check(cfg):
     """What can be wrong with a run before any model is loaded -> tokenizer, the reward model's level"""
-    from extras.checks import check_counts, check_fits, check_input, check_model, tokenizer_hash
+    from extras.checks import check_fits, check_input, check_model, check_numbers, tokenizer_hash
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    check_counts(cfg, "steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
-                 "ppo_epochs", "response_len", "save_every", "resume_every", "sample_every")
+    check_numbers(cfg, "steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
+                 "ppo_epochs", "response_len", "fixed_length", "save_every", "resume_every", "sample_every")
     if -(-cfg.rollout_batch // cfg.rollout_micro_batch) < WORLD:
         fail(f"--rollout_batch={cfg.rollout_batch} in groups of --rollout_micro_batch={cfg.rollout_micro_batch} leaves "
              f"some of the {WORLD} ranks without rollouts; make the groups smaller")
@@ -270,6 +270,8 @@ def check(cfg):
         fail(f"--reward_scale={cfg.reward_scale} is for --level=token")
     if (cfg.reward_scale == "fixed") != bool(cfg.fixed_length):
         fail("--reward_scale=fixed and --fixed_length=N go together")
+    if cfg.kl_target is not None and cfg.kl_target <= 0:
+        fail(f"--kl_target must be above 0, got {cfg.kl_target} (None: kl_coef stays)")
     if cfg.temperature <= 0:
         fail(f"--temperature must be above 0, got {cfg.temperature}: pi is sampled from")
     kind = reward_level(cfg.reward_model)
@@ -280,8 +282,8 @@ def check(cfg):
     if tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(cfg.reward_model)):
         fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; it scores the "
              "policy's own ids")
-    for flag in ("policy", "reward_model"):
-        check_fits(getattr(cfg, flag), flag, cfg.query_len + cfg.response_len)
+    check_fits(cfg.policy, "policy", cfg.query_len + cfg.response_len, speaks=True)
+    check_fits(cfg.reward_model, "reward_model", cfg.query_len + cfg.response_len)
     return tokenizer, kind
 
 
@@ -319,6 +321,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(models.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
     watch.check_disk(cfg, models, dtype)
     done = saved = load_checkpoint(cfg.out, models, optimizer)
+    watch.check_start(cfg, done, finished, learning_rate(cfg, cfg.steps - 1, len(prompts)))
     trim_logs(cfg.out, done)
     history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef

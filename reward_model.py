@@ -16,13 +16,13 @@ In [3] the paper writes sum_U0 once, as if r_t were equal on both sides; it is n
 edit), so eq3 keeps both sums. Eq. 4 never trains r_t on U_0, which PPO will sum all the same: `anchor` pulls it to 0
 (ours, off by default).
 """
-import json, sys, time
+import sys, time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
 
 from common import (cosine, deal, encode_prompt, encode_response, fail, load_model, load_tokenizer, optimizer_step,
                     read_jsonl, rows_at, say, setup, total, upcast)
@@ -116,9 +116,11 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
                  "python diff.py --tokenizer=MODEL")
         rows = read_jsonl(path, ids)
         pairs = [tuple(row[name] for name in ids) for row in rows]
-        for number, (_, w, l, changed_w, changed_l) in enumerate(pairs, 1):
+        for number, (prompt, w, l, changed_w, changed_l) in enumerate(pairs, 1):
             if len(w) != len(changed_w) or len(l) != len(changed_l):
                 fail(f"{path}:{number}: a mask is not as long as its ids; make the file again: python diff.py")
+            if not all(type(i) is int and 0 <= i < len(tokenizer) for ids in (prompt, w, l) for i in ids):
+                fail(f"{path}:{number}: holds ids that no token has; make the file again: python diff.py")
     elif masks_needed:
         fail(f"--{flag}={path} has no edited_ids, so no U_1: --loss=eq3 and eq4 learn from diff.py's output "
              "(sequence takes both)")
@@ -127,7 +129,7 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
         rows, pairs = read_jsonl(path, fields | {"preference": (1, 2)}), []
         for row in rows:
             w, l = ("output_1", "output_2") if row["preference"] == 1 else ("output_2", "output_1")
-            w, l = (encode_response(tokenizer, row[name], eos=name not in row.get("cut", [])) for name in (w, l))
+            w, l = (encode_response(tokenizer, row[name], eos=name not in (row.get("cut") or [])) for name in (w, l))
             pairs.append((encode_prompt(tokenizer, row), w, l, [1] * len(w), [1] * len(l)))
     fitting = [pair for pair in pairs if pair[1] and pair[2] and pair_length(pair) <= max_tokens]
     return fitting or fail(f"--{flag}={path}: no pair fits in max_tokens={max_tokens}"), len(rows)
@@ -187,7 +189,10 @@ def evaluate(model, pairs, cfg, device):
 
 def reward_level(path):
     """"token" or "sequence": what kind of reward model a folder holds"""
-    kinds = " ".join(json.loads(Path(path, "config.json").read_text()).get("architectures") or [])
+    try:
+        kinds = " ".join(AutoConfig.from_pretrained(path).architectures or [])
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no model ({str(error).splitlines()[0]})")
     for level in ("token", "sequence"):
         if f"For{level.title()}Classification" in kinds:
             return level
@@ -198,14 +203,14 @@ def reward_level(path):
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_counts, check_fits, check_input, check_model
+    from extras.checks import check_fits, check_input, check_model, check_numbers
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
-    check_counts(cfg, "epochs", "steps", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
+    check_numbers(cfg, "epochs", "steps", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
     if cfg.head_lr_factor <= 0:
         fail(f"--head_lr_factor must be above 0, got {cfg.head_lr_factor}: with a head of zeros nothing would learn")
     if cfg.anchor and cfg.loss == "sequence":
@@ -215,7 +220,9 @@ def main(cfg):
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
     lengths = [pair_cost(pair) for pair in pairs]
     check_fits(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
-    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], pairs=len(pairs)):
+    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), pairs=len(pairs),
+             inputs=[cfg.model, cfg.data, *([cfg.eval_data] if cfg.eval_data else [])],
+             edits=any(0 in pair[3] for pair in pairs)):  # with masks; the report tells the paper's arms by it
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- model
@@ -247,7 +254,7 @@ def main(cfg):
                 terms = [losses, (margin > 0) + 0.5 * (margin == 0), margin, *pair_terms(*scored), r_eos]
                 sums += torch.stack([term.double().sum() for term in terms]) * bool(part)
         lr = cfg.lr * cosine(step, steps, cfg.warmup)
-        where = f"step {step}, pairs {batch[:8]}..."
+        where = f"step {step}, pairs {batch[:8]}... (of those that fit, from 0)"
         norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, where)
         loss, accuracy, margin, u0, u1_w, u1_l, r_eos = (total(sums) / len(batch)).tolist()  # all ranks
         tokens = sum(lengths[i] for i in batch)

@@ -39,22 +39,23 @@ class Config:
 
 def main(cfg):
     from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_counts, check_fits, check_input, check_model
+    from extras.checks import check_fits, check_input, check_model, check_numbers
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
-    check_counts(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
-    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model")
+    check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
+    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model", weights=False)
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None)), "output": str})
     tokenizer = load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
-    responses = [encode_response(tokenizer, row["output"], eos="output" not in row.get("cut", [])) for row in rows]
-    fitting = [(p, r) for p, r in zip(prompts, responses) if r and len(p) + len(r) <= cfg.max_tokens]
+    responses = [encode_response(tokenizer, row["output"], eos="output" not in (row.get("cut") or [])) for row in rows]
+    fitting = [(number, p, r) for number, (p, r) in enumerate(zip(prompts, responses), 1)
+               if r and len(p) + len(r) <= cfg.max_tokens]
     if not fitting:
         fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
-    prompts, responses = zip(*fitting)
-    lengths = [len(p) + len(r) for p, r in fitting]
-    check_fits(cfg.model, "model", max(lengths))
+    numbers, prompts, responses = zip(*fitting)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    check_fits(cfg.model, "model", max(lengths), speaks=True)
     if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 
@@ -81,7 +82,8 @@ def main(cfg):
             loss.backward()
             loss_sum += loss.detach()
         lr = cfg.lr * cosine(step, steps, cfg.warmup)
-        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, f"step {step}, rows {batch[:8]}...")
+        where = f"step {step}, rows {[numbers[row] for row in batch[:8]]}..."
+        norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, where)
         loss = total(loss_sum).item()  # all ranks
         if step % cfg.log_every == 0 or step == steps - 1:
             log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - started,

@@ -71,7 +71,7 @@ def main(cfg):
     train, test, tokenizer = read_pairs(cfg.train), read_pairs(cfg.data), load_tokenizer(cfg.tokenizer)
     margins = count_differences(test, tokenizer) @ fit(count_differences(train, tokenizer), cfg.l2)
     right = (margins > 0).double() + (margins == 0).double() / 2  # no opinion: half right
-    accuracy, error = right.mean().item(), (right.std() / len(right)**0.5).item()
+    accuracy, error = right.mean().item(), (right.std() / len(right)**0.5).item() if len(right) > 1 else 0.0
     say(f"bag of tokens, prompt unread: {100 * accuracy:.1f} +- {100 * error:.1f}% of {len(test)} pairs")
     row = dict(name="bag_of_tokens", accuracy=accuracy, standard_error=error, n=len(test), train=cfg.train)
     if cfg.out:

@@ -13,7 +13,8 @@ from common import fail
 from evaluate import read_annotations, win_rate
 
 for run in map(Path, sys.argv[1:]):
-    models = sorted(run.glob("step_*"), key=lambda folder: int(folder.name[5:])) + [run]
+    kept = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit()]
+    models = sorted(kept, key=lambda folder: int(folder.name[5:])) + [run]
     files = {model: model / "val_annotations.jsonl" for model in models}
     rates = {model: win_rate(row["preference"] for row in read_annotations(file))
              for model, file in files.items() if file.exists()}

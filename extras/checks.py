@@ -2,7 +2,7 @@
 
 The stages' main() and common.read_jsonl use these; no mathematics is in here.
 """
-import hashlib, json, re
+import hashlib, json, math, re
 from pathlib import Path
 
 import torch
@@ -17,27 +17,37 @@ def check_input(path, flag, made_by):
         fail(f"--{flag}={path} does not exist; make it with: {made_by}")
 
 
-def check_model(path, flag, made_by):
-    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours"""
+def check_model(path, flag, made_by, *, weights=True):
+    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours. weights=False:
+    its config and tokenizer are enough"""
     org = str(path).partition("/")[0]
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and org not in ("out", "data") and not Path(org).exists()
     if not on_hub and not Path(path, "config.json").exists():
         fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
-    if not any(Path(path).glob("*.safetensors*")) and any(Path(path).glob("*.bin*")):
-        fail(f"--{flag}={path} has its weights in .bin, a pickle, which is never loaded; save it as safetensors first")
+    if not on_hub and not any(Path(path).glob("*.safetensors*")):
+        if any(Path(path).glob("*.bin*")):
+            fail(f"--{flag}={path} has its weights in .bin, a pickle, which is never loaded; save it as safetensors")
+        if weights:
+            fail(f"--{flag}={path} holds no weights (no .safetensors); make it with: {made_by}")
 
 
-def check_counts(cfg, *names):
-    """fail() unless these fields, numbers of rows, tokens or steps, are at least 1 (or None)"""
-    for name in names:
+def check_numbers(cfg, *counts):
+    """fail() unless these fields, of rows, tokens or steps, are at least 1 (or None), and lr and warmup sound"""
+    for name in counts:
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 0 <= getattr(cfg, "lr", 0) < math.inf:
+        fail(f"--lr must be a number from 0 on, got {cfg.lr}")
+    if not 0 <= getattr(cfg, "warmup", 0) <= 1:
+        fail(f"--warmup is a share of the steps, 0 to 1, got {cfg.warmup}")
 
 
-def check_fits(path, flag, length):
+def check_fits(path, flag, length, *, speaks=False):
     """fail() unless rows of so many tokens have positions in the model, and the model has the parts that load_model
-    knows: the layers that FSDP shards, the head that gives a number per token"""
+    knows: the layers that FSDP shards, the head that gives a number per token. speaks: it must be a language model."""
     config = AutoConfig.from_pretrained(path)
+    if speaks and "Classification" in " ".join(config.architectures or []):
+        fail(f"--{flag}={path} is a reward model ({config.architectures[0]}): it has no words to say")
     room = getattr(config, "max_position_embeddings", length)
     if length > room:
         fail(f"--{flag}={path} has positions for {room} tokens, the longest row has {length}; lower the length limits")
@@ -86,6 +96,8 @@ def check_row(row, fields, where):
             kinds = " or ".join(getattr(k, "__name__", str(k)).replace("NoneType", "null")
                                 for k in (kind if isinstance(kind, tuple) else (kind,)))
             fail(f"{where}: {name} must be {kinds}, got {json.dumps(row[name])[:60]}")
+    if not fits(row.get("cut"), (list, type(None))):
+        fail(f"{where}: cut must be a list of field names, got {json.dumps(row['cut'])[:60]}")
 
 
 def fits(value, kind):

@@ -3,7 +3,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from common import say, write_jsonl
+from common import fail, say, write_jsonl
 from extras.runs import logged, progress
 from edit import ask_claude, dollars, stopping
 from evaluate import parse_verdict
@@ -18,6 +18,9 @@ def ask_judge(cfg, requests):
     if cfg.overwrite:
         for rest in (".replies", ".batches"):
             Path(cfg.out + rest).unlink(missing_ok=True)
+    if not cfg.batch_api and Path(f"{cfg.out}.batches").exists():
+        fail(f"{cfg.out}: the Batches API has some of it, paid for: go on with --batch_api=true "
+             f"(or remove {cfg.out}.batches)")
     kept = logged(log) or [dict(case=[i, first], reply=reply) for i, row in enumerate(logged(cfg.out))
                            for first, reply in zip(row["shown_first"], row["verdicts"])]
     write_jsonl(log, kept)  # without a line that a kill has torn

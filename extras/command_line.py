@@ -11,6 +11,9 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
           "evaluate.judge evaluate.winrate evaluate.rewards evaluate.report").split()  # of a preset
 
 
+FULL = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+
+
 def parse(text, kind, where):
     """The text of a flag or preset as the field's annotated type; never guessed from the text itself."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -81,8 +84,10 @@ def one_line(kind, error, trace):
     if kind is KeyboardInterrupt:
         anew = ", without --overwrite," if any(word.startswith("--overwrite") for word in sys.argv) else ""
         print(f"\ninterrupted: the same command{anew} goes on from here", file=sys.stderr)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-        print(f"{Path(sys.argv[0]).name}: cannot write {error.filename or ''}: {error.strerror}; what was written "
-              "before is valid: free some space (or choose another --out), run the same command again", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in FULL or "No space left on device" in str(error):
+        where = getattr(error, "filename", None) or ""
+        why = getattr(error, "strerror", None) or "No space left on device"
+        print(f"{Path(sys.argv[0]).name}: cannot write {where}: {why}; what was written before is valid: free some "
+              "space (or choose another --out), run the same command again", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

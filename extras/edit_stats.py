@@ -2,6 +2,7 @@
 import re, sys
 from collections import Counter
 from dataclasses import dataclass
+from statistics import median
 
 import diff
 from common import load_tokenizer, read_jsonl, say
@@ -49,7 +50,7 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed, max_toke
     failed, verdicts, kinds, pairs = Counter(), Counter(), Counter(), []
     for row in rows:
         if row["edited"] is None:
-            failed[row.get("error") or "no reason given"] += 1
+            failed[str(row.get("error") or "no reason given")] += 1
             continue
         sides, prompt_length = encode_pair(row, tokenizer)
         room = max_tokens - prompt_length if tokenizer else None
@@ -62,17 +63,17 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed, max_toke
     if not pairs:
         return
     unit = "tokens" if tokenizer else "words"
-    shares, longer = sorted(pair[0] for pair in pairs), sorted(pair[1] for pair in pairs)
-    say(f"changed share of the {unit}: mean {sum(shares) / len(pairs):.1%}, median {shares[len(pairs) // 2]:.1%}")
+    shares, longer = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    say(f"changed share of the {unit}: mean {sum(shares) / len(pairs):.1%}, median {median(shares):.1%}")
     tenths = Counter(min(9, int(10 * share)) for share in shares)
     for tenth in range(10):
         say(f"{10 * tenth:4}-{10 * tenth + 10:3}% {tenths[tenth]:7} {'#' * -(-50 * tenths[tenth] // len(pairs))}")
     say("operations: " + ", ".join(f"{kinds[kind]} {kind}" for kind in ("insert", "delete", "replace")))
-    say(f"change of length in {unit}: mean {sum(longer) / len(pairs):+.1f}, median {longer[len(pairs) // 2]:+}; "
+    say(f"change of length in {unit}: mean {sum(longer) / len(pairs):+.1f}, median {median(longer):+g}; "
         f"{sum(x > 0 for x in longer)} longer, {longer.count(0)} equal, {sum(x < 0 for x in longer)} shorter")
     for share, _, row, sides in sorted(pairs, key=lambda pair: -pair[0])[:n]:
         texts = [token_texts(tokenizer, ids) for ids in sides[:2]] if tokenizer else sides[:2]
-        say(f"\n{row.get('id', '')}  {diff.plain(row['instruction'])[:90]}  ({share:.0%} changed)")
+        say(f"\n{diff.plain(str(row.get('id', '')))}  {diff.plain(row['instruction'])[:90]}  ({share:.0%} changed)")
         say(diff.draw(texts[0], sides[2], texts[1], sides[3], color=sys.stdout.isatty()))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from common import RANK, deal, fail, load_model, load_tokenizer, pack, say, setup, token_heads, total
-from extras.checks import check_fits, check_input, check_model
+from extras.checks import check_fits, check_input, check_model, check_numbers
 from extras.runs import begin, finish, replacing
 from evaluate import tell
 from extras.reward_figures import figures_of, read_held_out
@@ -36,13 +36,15 @@ def write_rewards(cfg):
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     for path in cfg.data or fail("rewards needs held-out files: evaluate.py rewards data/toy/pref_heldout.jsonl"):
         check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
+    check_numbers(cfg, "max_tokens", "micro_batch", "resamples")
+    if cfg.out and Path(cfg.out).suffix != ".json":
+        fail(f"--out={cfg.out} must end in .json; the report looks for {cfg.reward_model}/rewards.json")
     level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
     files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
     pairs = [pair for file in files for pair in file["pairs"]]  # (row, prompt, better, worse), the last three as ids
     longest = max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs)
     check_fits(cfg.reward_model, "reward_model", longest)
-    inputs = [*cfg.data, Path(cfg.reward_model, "config.json"), Path(cfg.reward_model, "run.json")]
-    if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=inputs):
+    if cfg.out and begin(cfg, free=("micro_batch", "json"), inputs=[*cfg.data, cfg.reward_model]):
         return say(f"{cfg.out} is finished; nothing to do")
     prompts, answers = [pair[1] for pair in pairs] * 2, [pair[2] for pair in pairs] + [pair[3] for pair in pairs]
     R, r = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, cfg.dtype)             # all ranks

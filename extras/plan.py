@@ -147,7 +147,7 @@ def models_of(cfg):
             name = "7B"
         if name in SHAPES:
             return LlamaConfig(**SHAPES[name])
-        check_model(name, flag, made_by)
+        check_model(name, flag, made_by, weights=False)
         return AutoConfig.from_pretrained(name)
     return (shape(config(cfg.policy, "policy", "python sft.py"), AutoModelForCausalLM),
             shape(config(cfg.reward_model, "reward_model", "python reward_model.py"), AutoModelForTokenClassification))

@@ -55,7 +55,10 @@ def read_runs(folders):
 def read_run(path):
     record, config = record_of(path), record_of(path).get("config", {})
     kind = "ppo" if "policy" in config else "reward model" if "loss" in config else "sft" if "lr" in config else "other"
-    rewards = json.loads((path / "rewards.json").read_text()) if (path / "rewards.json").exists() else []
+    try:
+        rewards = json.loads((path / "rewards.json").read_text()) if (path / "rewards.json").exists() else []
+    except ValueError as error:
+        fail(f"{path / 'rewards.json'}: not JSON ({error}); make it again: python evaluate.py rewards")
     metrics = [row for row in logged(path / "metrics.jsonl") if isinstance(row.get("step"), int)]
     kept = {int(folder.name[5:]): folder for folder in path.glob("step_*") if folder.name[5:].isdigit()}
     steps = 1 + max((row["step"] for row in metrics), default=-1)
@@ -88,7 +91,7 @@ def sibling(run, field, runs):
 def label_of(run, runs):
     """The paper's name of a run"""
     def from_edits(rm):
-        return "diff" in Path(str(rm["config"].get("data", ""))).name
+        return rm["record"].get("edits", "diff" in Path(str(rm["config"].get("data", ""))).name)
     if run["kind"] == "reward model":
         return RM_TOKEN if run["config"]["loss"] in ("eq3", "eq4") else RM_FINE if from_edits(run) else RM_RLHF
     if run["kind"] == "ppo":
@@ -315,8 +318,9 @@ def write_report(cfg):
     out = Path(cfg.out)
     if out.suffix != ".html":
         fail(f"--out={out} must end in .html")
-    if out.exists() and not cfg.overwrite and MARK not in out.read_text(encoding="utf-8", errors="replace")[:200]:
-        fail(f"{out} is no report of ours; choose another --out, or replace it with --overwrite=true")
+    for path, mark in ((out, MARK), (out.with_suffix(".md"), "**Table 1. ")):
+        if path.exists() and not cfg.overwrite and mark not in path.read_text(encoding="utf-8", errors="replace")[:200]:
+            fail(f"{path} is no report of ours; choose another --out, or replace it with --overwrite=true")
     runs = read_runs(cfg.data)
     if not runs:
         fail(f"no run in {', '.join(cfg.data)} (no run.json, annotations.jsonl, rewards.json); bash demo.sh makes one")

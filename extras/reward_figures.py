@@ -17,11 +17,11 @@ def read_held_out(path, tokenizer, max_tokens):
         "output_1": str, "output_2": str, "preference": (1, 2)}
     pairs, dropped = [], Counter()
     for row in read_jsonl(path, {"instruction": str} | fields):
-        w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * row["preference"]]
+        w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * int(row["preference"])]
         if row[w] is None or row[w] == row[l]:
             dropped["failed edit" if row[w] is None else "identical"] += 1
             continue
-        answers = (encode_response(tokenizer, row[x], eos=x not in row.get("cut", [])) for x in (w, l))
+        answers = (encode_response(tokenizer, row[x], eos=x not in (row.get("cut") or [])) for x in (w, l))
         pair = row, encode_prompt(tokenizer, row), *answers
         if pair[2] and pair[3] and len(pair[1]) + max(len(pair[2]), len(pair[3])) <= max_tokens:
             pairs.append(pair)

@@ -33,7 +33,8 @@ def record_of(out):
 
 
 def fingerprint(path):
-    """What a run remembers of an input: a file's content; of a model's folder the run that made it, its files' sizes"""
+    """What a run remembers of an input: a file's content; of a model's folder the run that made it, and of its weights
+    the sizes and a sample (16 pieces of 64 KB of each file: no two trainings agree in them)"""
     path = Path(path)
     if not path.exists():
         return str(path)  # a name on the hub
@@ -42,7 +43,12 @@ def fingerprint(path):
         if file.name in ("config.json", "run.json"):
             digest.update(file.read_bytes())
         elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as weights:
+                for k in range(16):
+                    weights.seek(k * size // 16)
+                    digest.update(weights.read(1 << 16))
     return digest.hexdigest()[:16]
 
 
@@ -66,7 +72,8 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
 
     free: fields that cannot change the result, so that an interrupted run may go on with other values. inputs: files
     and folders read, whose content is compared too; beside: names that may stand in out already. Another config,
-    another's lock or a stranger's files end the run. Rank 0 decides; torchrun ends the others."""
+    another's lock or a stranger's files end the run, unless nothing of a result is there yet. Rank 0 decides; torchrun
+    ends the others."""
     out, old = Path(cfg.out), {} if cfg.overwrite else record_of(cfg.out)
     if RANK > 0:
         return bool(old.get("finished"))
@@ -74,7 +81,16 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     if is_file(out) != is_file(usual):
         kind = "a file, named" if is_file(usual) else "a folder, not named as a file is"
         fail(f"--out={out} must be {kind}: such as {usual}")
-    record_path(out).parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and out.is_dir() == is_file(out):
+        fail(f"--out={out} is there as a {'folder' if out.is_dir() else 'file'}; choose another name")
+    read = {Path(path).resolve() for path in (*inputs, getattr(cfg, "data", None)) if isinstance(path, (str, Path))}
+    for path in read if cfg.overwrite or is_file(out) else ():
+        if out.resolve() in (path, *path.parents):
+            fail(f"--out={out} is or holds {path}, which this run reads; choose another --out")
+    try:
+        record_path(out).parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        fail(f"--out={out} lies below something that is no folder; choose another --out")
     LOCKS.append(open(record_path(out).with_suffix(".lock"), "w"))
     try:
         fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,6 +99,13 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
 
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     seen = {str(path): fingerprint(path) for path in inputs}
+    if is_file(out):  # what there is of a result: the file itself, or what a killed run had
+        left = [path for path in map(Path, (out, *(f"{out}{rest}" for rest in (
+            ".parts", ".replies", ".batches", ".batches.json")))) if path.exists() and path.stat().st_size]
+    else:
+        left = [f for f in out.glob("*") if f.name not in (*beside, "run.json") and f.suffix != ".lock"]
+    if cfg.overwrite:
+        record_path(out).unlink(missing_ok=True)  # first: what is half deleted is not finished
     if cfg.overwrite and is_file(out):
         out.unlink(missing_ok=True)
     elif cfg.overwrite:  # only what a run of ours leaves in a folder
@@ -90,18 +113,22 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
             file.unlink(missing_ok=True)
         for folder in (*out.glob("checkpoint_*"), *out.glob("step_*")):
             shutil.rmtree(folder)
-    elif not old and (out.is_file() or any(f.suffix != ".lock" and f.name not in beside for f in out.glob("*"))):
+    elif not old and (out.is_file() if is_file(out) else left):
         fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it: --overwrite=true")
     elif old:
         then = {name: getattr(type(cfg), name, None) for name in config} | old["config"]  # a field that came later
         differs = [f"{name}: {then[name]!r} then, {value!r} now" for name, value in config.items()
                    if name not in (*free, "overwrite", "out") and then[name] != value]
         differs += [f"the content of {path}" for path in seen if old["inputs"].get(path) != seen[path]]
-        if differs:
+        if differs and (left or old["finished"]):
             fail(f"{out} is another config's ({'; '.join(differs)}); choose another --out, or start anew with "
                  "--overwrite=true")
         if old["finished"]:
             return True
+    if not old:  # an earlier record's, which somebody removed
+        shutil.rmtree(f"{out}.parts", ignore_errors=True)
+    for rest in ("checkpoint.tmp", "saving.tmp", "saving_step.tmp"):  # half written by a run that was killed
+        shutil.rmtree(out / rest, ignore_errors=True)
 
     def git(*words):
         try:
@@ -110,6 +137,7 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
         except OSError:  # no git here
             return ""
     record = dict(config=config, inputs=seen, **facts, finished=False, command=" ".join(sys.argv),
+                  started=old.get("started") or time.strftime("%Y-%m-%d %H:%M:%S"),
                   commit=git("rev-parse", "--short", "HEAD"), dirty=bool(git("status", "--porcelain")),
                   torch=torch.__version__, transformers=transformers.__version__, world_size=WORLD,
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

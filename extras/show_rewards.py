@@ -11,7 +11,7 @@ import torch
 
 from common import (encode_prompt, encode_response, fail, load_model, load_tokenizer, pack, read_jsonl, setup,
                     token_heads)
-from extras.checks import check_input, check_model
+from extras.checks import check_input, check_model, check_numbers
 from extras.command_line import load_config
 from diff import align, plain
 from extras.pages import rewards_page, token_texts
@@ -39,21 +39,33 @@ def paint(texts, rewards, scale):
     return "".join(f"\033[30;48;5;{background(r)}m{plain(t)}\033[0m" for t, r in zip(texts, rewards))
 
 
+NAMES = ("output", "original", "edited")
+
+
+def question(row):
+    return row["instruction"], row.get("input") or ""
+
+
 @torch.no_grad()
 def show(cfg):
     """Paint the first n answers of each file by r_t: those of one row below one another, or side by side in a page"""
     check_model(cfg.model, "model", "python reward_model.py")
     level = reward_level(cfg.model)
+    check_numbers(cfg, "n")
     for path in cfg.data or fail("show needs one or two files of answers"):
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
-    files, tokenizer = [read_jsonl(path, {"instruction": str})[:cfg.n] for path in cfg.data], load_tokenizer(cfg.model)
+    files, tokenizer = [read_jsonl(path, {"instruction": str}) for path in cfg.data], load_tokenizer(cfg.model)
+    for path, file in zip(cfg.data, files):
+        if not any(isinstance(file[0].get(name), str) for name in NAMES):
+            fail(f"{path} holds no answers to show: its rows need output, or original and edited")
     device, mesh, dtype = setup()
     model, rows = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True), []
-    for number, first in enumerate(files[0]):
+    for first in files[0][:cfg.n]:
         answers = []  # title, R, texts of the tokens, r_t, changed: 0/1 each or None
-        for path, row in ((path, file[number]) for path, file in zip(cfg.data, files) if number < len(file)):
-            ids = {name: encode_response(tokenizer, row[name], eos=name not in row.get("cut", []))
-                   for name in ("output", "original", "edited") if row.get(name)}
+        about = [next((row for row in file if question(row) == question(first)), None) for file in files]
+        for path, row in ((path, row) for path, row in zip(cfg.data, about) if row):
+            ids = {name: encode_response(tokenizer, row[name], eos=name not in (row.get("cut") or []))
+                   for name in NAMES if row.get(name)}
             both = "original" in ids and "edited" in ids
             changed = dict(zip(("original", "edited"), align(ids["original"], ids["edited"]))) if both else {}
             for name, answer in ids.items():

@@ -1,5 +1,5 @@
 """What a ppo.py run shows beside its numbers (alarms, samples, wandb) and what it survives: SIGTERM, a small disk."""
-import hashlib, json, math, resource, shutil, signal
+import hashlib, json, math, re, resource, shutil, signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from common import RANK, decode_response, fail, say, total
 from extras.pages import token_texts
 from extras.checkpoints import save_checkpoint
+from extras.runs import record_of
 
 
 def explained_variance(values, returns, mask):
@@ -98,8 +99,9 @@ def mirror(cfg):
     if RANK == 0 and cfg.wandb_project:
         try:
             import wandb
+            started = record_of(cfg.out).get("started", "")  # with --overwrite another run, not more of the old one
             run = wandb.init(project=cfg.wandb_project, name=cfg.out, config=asdict(cfg), resume="allow",
-                             id=hashlib.sha256(str(Path(cfg.out).resolve()).encode()).hexdigest()[:16])
+                             id=hashlib.sha256(f"{Path(cfg.out).resolve()} {started}".encode()).hexdigest()[:16])
             return lambda row: run.log(row, step=row["step"])
         except ImportError:
             say(f"--wandb_project={cfg.wandb_project}: wandb is not installed (pip install wandb); metrics go to "
@@ -126,6 +128,24 @@ def stop_if_told(cfg, step, saved, models, optimizer, device):
         raise SystemExit(128 + signal.SIGTERM)
 
 
+def check_start(cfg, done, finished, last_lr):
+    """What can be wrong with going on; and a finished run that goes on to more steps keeps its model (rank 0)"""
+    if done > cfg.steps:
+        fail(f"{cfg.out} has {done} steps already, --steps={cfg.steps} is less; choose another --out")
+    if done and not Path(cfg.out, "metrics.jsonl").exists():
+        fail(f"{cfg.out} has a checkpoint, but no metrics.jsonl to go on from; start anew with --overwrite=true")
+    if last_lr == 0:
+        say(f"ALARM: the learning rate is 0 before step {cfg.steps}: prompts, rollout_batch and "
+            f"--lr_epochs={cfg.lr_epochs} give fewer steps than --steps; raise --lr_epochs")
+    then = record_of(cfg.out)["config"]["steps"] if finished else 0
+    kept = Path(cfg.out, f"step_{then}")
+    if RANK == 0 and finished and then % cfg.save_every == 0 and not kept.exists():
+        shutil.copytree(cfg.out, f"{kept}.tmp", dirs_exist_ok=True, ignore=lambda folder, names: [
+            name for name in names if not name.endswith((".safetensors", ".index.json")) and not re.match(
+                "config|generation|tokenizer|special|added|vocab|merges|chat", name)])
+        Path(f"{kept}.tmp").rename(kept)
+
+
 def check_disk(cfg, models, dtype):
     """fail() unless there is room for what the run will write: a checkpoint (float32 weights and Adam's two moments of
     policy and value) beside the one before, and a Hugging Face folder every save_every steps and at the end"""
@@ -135,6 +155,6 @@ def check_disk(cfg, models, dtype):
     folders = 1 + sum(not Path(cfg.out, f"step_{k}").exists() for k in range(cfg.save_every, cfg.steps, cfg.save_every))
     need, free = (2 - here) * checkpoint + folders * folder, shutil.disk_usage(cfg.out).free
     if need > free:
-        fail(f"--out={cfg.out} has {free / 1e9:.3g} GB free, this run needs {need / 1e9:.3g} GB: two checkpoints of "
-             f"{checkpoint / 1e9:.3g} GB (the new one is written beside the old) and {folders} model folder(s) of "
-             f"{folder / 1e9:.3g} GB; raise --save_every, or choose an --out on a larger disk")
+        fail(f"--out={cfg.out} has {free / 1e9:.3g} GB free, this run needs {need / 1e9:.3g} GB: {2 - here} "
+             f"checkpoint(s) of {checkpoint / 1e9:.3g} GB (a new one is written beside the old) and {folders} model "
+             f"folder(s) of {folder / 1e9:.3g} GB; raise --save_every, or choose an --out on a larger disk")

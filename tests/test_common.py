@@ -2,6 +2,7 @@
 import math
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 import pytest, sentencepiece, torch
 from conftest import ROOT
@@ -95,6 +96,10 @@ def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
     path.write_text("[" * 100_000)
     mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:1: ", "not JSON")
     mistake(capsys, lambda: common.read_jsonl(tmp_path, fields), f"{tmp_path}: Is a directory")
+    path.write_text('{"cut": null}\n{"cut": "output"}\n')
+    mistake(capsys, lambda: common.read_jsonl(path, {}), f"{path}:2: cut must be a list")
+    path.write_text('{"\\u001b[31m": 1}\n')
+    mistake(capsys, lambda: common.read_jsonl(path, {"a": str}), "the row has: ?[31m")
     path.write_bytes(good.encode() + good.replace('"a"', '"é"').encode("latin-1"))
     mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", "not JSON", "utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + good.replace('"a"', '"é\u2028"').encode().replace(b"\n", b"\r\n"))  # an editor on Windows
@@ -105,6 +110,9 @@ def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine/ready").mkdir(parents=True)
     (tmp_path / "mine/ready/config.json").write_text("{}")
+    mistake(capsys, lambda: checks.check_model("mine/ready", "model", "python sft.py"), "--model=mine/ready holds no weights")
+    checks.check_model("mine/ready", "model", "python sft.py", weights=False)
+    (tmp_path / "mine/ready/model.safetensors").write_text("")
     for good in ("org/some-Model_1.5", "mine/ready", tmp_path / "mine/ready"):
         checks.check_model(good, "model", "python sft.py")
     for bad in ("mine/unfinished", "out/sft", "data/model", "name", "./a/b", tmp_path / "none"):
@@ -191,6 +199,42 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out/checkpoint_5").exists()
     assert runs.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
     release()
+    assert runs.begin(Run(f"{tmp_path}/early")) is False
+    release()
+    assert runs.begin(Run(f"{tmp_path}/early", lr=2.0)) is False  # refused or killed before anything came of it
+    release()
+    assert runs.record_of(tmp_path / "early")["config"]["lr"] == 2.0
+    (tmp_path / "early/step_20").mkdir()
+    for name in ("checkpoint.tmp", "saving.tmp"):
+        (tmp_path / "early" / name).mkdir()
+    mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/early", overwrite=True), inputs=[tmp_path / "early/step_20"]), "which this run reads")
+    release()
+    assert runs.begin(Run(f"{tmp_path}/early", lr=2.0)) is False and not list((tmp_path / "early").glob("*.tmp"))
+    release()
+    runs.finish(Run(f"{tmp_path}/early"))
+    monkeypatch.setattr(runs.shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runs.begin(Run(f"{tmp_path}/early", overwrite=True))
+    release()
+    assert runs.record_of(tmp_path / "early") == {}, "half deleted is not finished"
+    monkeypatch.undo()
+    File = type("File", (Run,), {"out": "out/e.jsonl"})
+    (tmp_path / "d.jsonl").mkdir()
+    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/d.jsonl")), "is there as a folder")
+    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl/e.jsonl")), "below something that is no folder")
+    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl"), inputs=[tmp_path / "in.jsonl"]), "which this run reads")
+    (tmp_path / "e.jsonl.parts").mkdir()
+    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False and not (tmp_path / "e.jsonl.parts").exists()  # of nobody knows what
+    release()
+    (tmp_path / "e.jsonl.parts").mkdir()
+    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/e.jsonl", lr=2.0)), "lr: 1.0 then, 2.0 now")
+    release()
+    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False and (tmp_path / "e.jsonl.parts").exists()
+    release()
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    before = runs.fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 19) + b"x" + bytes((1 << 19) - 1))
+    assert runs.fingerprint(tmp_path) != before, "other weights of the same size"
     for usual, wrong, words in (("out/sft", "a.jsonl", "a folder"), ("out/e.jsonl", "a", "a file"), ("out/e.jsonl", "a.txt", "a file")):
         Usual = type("Usual", (Run,), {"out": usual})
         mistake(capsys, lambda: runs.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)

@@ -303,6 +303,20 @@ def test_ppo_goes_on_to_more_steps(world, ppo_flags, tmp_path):
     run("ppo.py", *ppo_flags, f"--out={tmp_path}/b", "--steps=1")
     assert "1 of them done" in run("ppo.py", *ppo_flags, f"--out={tmp_path}/b", "--steps=3").stdout
     same_metrics(tmp_path / "a", tmp_path / "b", 0.0)
+    run("ppo.py", *ppo_flags, f"--out={tmp_path}/c", "--steps=2", "--save_every=2")
+    two = weights(tmp_path / "c")
+    run("ppo.py", *ppo_flags, f"--out={tmp_path}/c", "--steps=3", "--save_every=2")  # what would be step_2 is kept
+    assert all(torch.equal(x, weights(tmp_path / "c/step_2")[name]) for name, x in two.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "c/step_2") and common.load_tokenizer(tmp_path / "c/step_2")
+    assert any(not torch.equal(x, weights(tmp_path / "c")[name]) for name, x in two.items())
+    done = run("ppo.py", *ppo_flags, f"--out={tmp_path}/d", "--steps=3", "--resume_every=2", "--lr_epochs=0.01", "--warmup_steps=0")
+    assert "ALARM: the learning rate is 0" in done.stdout
+    (tmp_path / "d/run.json").write_text((tmp_path / "d/run.json").read_text().replace('"finished": "', '"finished": false, "x": "'))
+    done = run("ppo.py", *ppo_flags, f"--out={tmp_path}/d", "--steps=2", "--resume_every=2", "--lr_epochs=0.01", "--warmup_steps=0", ok=False)
+    assert done.returncode == 2 and "has 3 steps already, --steps=2 is less" in done.stderr
+    (tmp_path / "d/metrics.jsonl").unlink()
+    done = run("ppo.py", *ppo_flags, f"--out={tmp_path}/d", "--steps=4", "--resume_every=2", "--lr_epochs=0.01", "--warmup_steps=0", ok=False)
+    assert done.returncode == 2 and "no metrics.jsonl to go on from" in done.stderr
 
 
 # ---------------------------------------------------------------- refusals: one line, exit code 2, nothing written
@@ -342,6 +356,18 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
     refused(out, "sft.py", f"--model={world}/data/model", f"--data={world}/data/sft.jsonl", "--micro_batch=0", saying=("--micro_batch must",))
     refused(out, "sft.py", f"--model={world}/data/model", f"--data={world}/data", saying=("Is a directory",))
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--steps=0", saying=("--steps must be",))
+    refused(out, "reward_model.py", f"--model={world}/data/model", f"--data={world}/diffs.jsonl", saying=("holds no weights",))
+    refused(out, "ppo.py", *ppo_flags, f"--policy={world}/rm", saying=("--policy=", "is a reward model"))
+    refused(out, "ppo.py", *ppo_flags, "--reward_model=runs/rm", saying=("runs/rm is no model",))
+    refused(out, "ppo.py", *ppo_flags, "--kl_target=0", saying=("--kl_target must be above 0",))
+    refused(out, "ppo.py", *ppo_flags, "--reward_scale=fixed", "--fixed_length=-3", saying=("--fixed_length must be",))
+    refused(out, "sft.py", f"--model={world}/data/model", f"--data={world}/data/sft.jsonl", "--lr=nan", saying=("--lr must be",))
+    refused(out, "sft.py", f"--model={world}/data/model", f"--data={world}/data/sft.jsonl", "--warmup=100", saying=("--warmup is a share",))
+    wrong = rows_of(world / "diffs.jsonl")
+    wrong[1]["edited_ids"][0] = 100_000
+    common.write_jsonl(tmp_path / "wrong.jsonl", wrong)
+    (tmp_path / "wrong.jsonl.run.json").write_text((world / "diffs.jsonl.run.json").read_text())
+    refused(out, "reward_model.py", f"--model={world}/sft", f"--data={tmp_path}/wrong.jsonl", saying=("wrong.jsonl:2", "ids that no token has"))
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--log_every=0", saying=("--log_every must",))
     refused(out, "ppo.py", *ppo_flags, f"--reward_model={world}/sft", saying=("is no reward model",))
     refused(out, "ppo.py", *ppo_flags, f"--reward_model={world}/rm_sequence", saying=("--level=sequence",))

@@ -57,8 +57,8 @@ def main(cfg):
         toxic, *rewrites = (cell.strip() for cell in line.split("\t"))
         if toxic and any(rewrites):
             comments[toxic] = [rewrite for rewrite in rewrites if rewrite]
-    if len(comments) <= cfg.test:
-        fail(f"--source={cfg.source} has {len(comments)} comments: --test={cfg.test} leaves none to learn from")
+    if not 0 < cfg.test < len(comments):
+        fail(f"--source={cfg.source} has {len(comments)} comments: --test={cfg.test} must be 1 to one less")
     if begin(cfg, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
     order = list(comments)
