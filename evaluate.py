@@ -285,9 +285,6 @@ def judge(cfg):
         plan = dict(requests=requests, answers=["Output (a)"] * len(requests), batch=cfg.batch_api)
         return show_plan(**plan) if requests else say("no two answers differ: nothing would be asked")
     scores, errors = None, {}
-    if cfg.judge == "claude" and cases:
-        from edit import claude_client
-        claude_client() or fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
     if cfg.judge == "gold":
         from data.toy.prepare import gold
         scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]

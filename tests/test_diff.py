@@ -93,6 +93,11 @@ def test_what_is_dropped_is_counted_and_nothing_is_cut(world, tmp_path):
     assert "1 pairs of 6 rows, 1 changed share, 1 empty, 1 failed edit, 1 identical, 1 too long; 25.0% of the tokens changed" in done.stdout
     (row,) = rows_of(tmp_path / "diffs.jsonl")
     assert row["id"] == "0" and len(row["edited_ids"]) == len(row["edited_changed"]) == 4
+    done = run("diff.py", data, f"--tokenizer={world}/sft", f"--out={tmp_path}/d.jsonl", "--max_changed=30", ok=False)
+    assert done.returncode == 2 and "--max_changed is a share" in done.stderr
+    done = run("diff.py", data, f"--tokenizer={world}/sft", f"--out={tmp_path}/d.jsonl", "--max_tokens=1", ok=False)
+    assert done.returncode == 2 and "no pair is left" in done.stderr
+    run("diff.py", data, f"--tokenizer={world}/sft", f"--out={tmp_path}/d.jsonl")  # nothing came of it: another value is no mistake
     record = json.loads((tmp_path / "diffs.jsonl.run.json").read_text())
     assert record["dropped"] == {"changed share": 1, "empty": 1, "failed edit": 1, "identical": 1, "too long": 1}
 

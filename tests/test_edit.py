@@ -612,6 +612,35 @@ def test_death_while_a_batch_is_sent(monkeypatch, arrived):
 
 # ---------------------------------------------------------------- cost
 
+@pytest.mark.parametrize("editor", ["human", "local", "rules"])
+def test_a_dry_run_of_who_asks_nobody_is_refused(monkeypatch, capsys, editor):
+    write(pairs(3))
+    with Standin() as claude:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
+        with pytest.raises(SystemExit):
+            edit.main(edit.Config(data="pref.jsonl", dry_run=True, editor=editor))
+        assert "asks nobody" in capsys.readouterr().err and not claude.asked
+
+
+def test_a_mistake_leaves_no_record(monkeypatch, capsys):
+    """What was refused before anything was asked does not stand in the way of the mended command"""
+    write(pairs(3))
+    for fields, words in (({"editor": "rules"}, "instruction"), ({"tokenizer": "none"}, "no tokenizer in none")):
+        with pytest.raises(SystemExit) as end:
+            edit.main(edit.Config(data="pref.jsonl", out="edits.jsonl", **fields))
+        assert end.value.code == 2 and words in capsys.readouterr().err and not list(Path().glob("edits*"))
+
+
+def test_the_record_is_of_the_whole_file(monkeypatch):
+    write(pairs(6))
+    with Standin() as claude:
+        run(monkeypatch, claude, limit=2)
+        rows = run(monkeypatch, claude)
+    record = runs.record_of("edits.jsonl")
+    assert record["config"]["limit"] is None and record["rows"] == 6
+    assert record["output_tokens"] == sum(row["usage"]["output_tokens"] for row in rows)
+
+
 def test_dry_run(monkeypatch, capsys):
     write(pairs(300))
     monkeypatch.setenv("ANTHROPIC_API_KEY", "")

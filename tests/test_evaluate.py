@@ -156,6 +156,11 @@ def test_matched(tmp_path):
         assert done.returncode == 2 and "c.jsonl lacks 1 of the rows of" in done.stderr and "'x'" in done.stderr and not (tmp_path / "o.jsonl").exists()
 
 
+def test_an_input_may_be_anything(tmp_path):
+    a = write(tmp_path / "a.jsonl", [dict(instruction="x", input=["1", "2"], output="o")])
+    assert len(matched(a, a, ("instruction", "input"), {"output": str})) == 1
+
+
 def test_words():
     """A wrong first word is one line and exit code 2; --help knows the words and each word's fields"""
     for words in ((), ("decod",)):
@@ -358,6 +363,18 @@ def test_dry_run_and_no_key(contest, tmp_path):
     assert "78" in done.stdout and "Which is best" in done.stdout and not list(tmp_path.iterdir())
     done = here("judge", *flags, f"--out={tmp_path}/a.jsonl", ok=False, ANTHROPIC_API_KEY="")
     assert done.returncode == 2 and "ANTHROPIC_API_KEY" in done.stderr and not (tmp_path / "a.jsonl").exists()
+    done = here("judge", *flags, f"--out={tmp_path}/a.jsonl", "--model=claude-next", ok=False, ANTHROPIC_API_KEY="")
+    assert "ANTHROPIC_API_KEY" in done.stderr, "nothing was asked yet: the model may change"
+    done = here("judge", *flags, f"--out={tmp_path}/b.jsonl", "--judge=gold", "--dry_run=true", ok=False)
+    assert done.returncode == 2 and "asks nobody" in done.stderr
+    done = here("judge", *flags, f"--out={tmp_path}/b.jsonl", "--judge=gold", ok=False)  # rows that are not of its world
+    assert done.returncode == 2 and not list(tmp_path.glob("b*"))
+    for word, flag in (("judge", "--concurrency=0"), ("judge", "--micro_batch=0"), ("judge", "--max_tokens=0")):
+        done = here(word, *flags, f"--out={tmp_path}/b.jsonl", flag, ok=False)
+        assert done.returncode == 2 and "must be at least 1" in done.stderr
+    (tmp_path / "c.jsonl.batches").write_text("[]")
+    done = here("judge", *flags, f"--out={tmp_path}/c.jsonl", ok=False, ANTHROPIC_API_KEY="x")
+    assert done.returncode == 2 and "paid for: go on with --batch_api=true" in done.stderr
 
 
 def test_gold_judge(world, tmp_path):
@@ -434,6 +451,11 @@ def test_rewards(world, tmp_path):
                 r, before = plain_rewards(world / name, row, text)
                 at_eos.append(r[-1] - r[-2] if name == "rm_sequence" else r[-1])
         assert second["tokens"]["eos"] == dict(mean=pytest.approx(statistics.fmean(at_eos), abs=1e-5), n=20)
+    done = here("rewards", *flags, f"--out={world}/rm", "--overwrite=true", ok=False)
+    assert done.returncode == 2 and "must end in .json" in done.stderr and (world / "rm/config.json").exists()
+    write(tmp_path / "float.jsonl", [row | {"preference": float(row["preference"]), "cut": None} for row in prefs])
+    again, = json.loads(here("rewards", f"--reward_model={world}/rm_sequence", tmp_path / "float.jsonl", "--resamples=5", "--json=true").stdout)
+    assert again["margin"] == pytest.approx(first["margin"], abs=1e-5)
     two = json.loads(run("evaluate.py", "rewards", *flags, "--json=true", ranks=2).stdout)
     assert two[0]["margin"] == pytest.approx(first["margin"], abs=1e-5) and two[1]["tokens"]["removed"]["auroc"] == pytest.approx(
         second["tokens"]["removed"]["auroc"], abs=1e-3)

@@ -77,6 +77,9 @@ def test_draw_is_legible_without_colour_and_cannot_steer_the_terminal():
     text = diff.draw(["a", " b", "\x1b[2J", "!"], [0, 1, 1, 0], ["a", " c", "!"], [0, 1, 0], color=False)
     assert text == "a[- b␛[2J-]{+ c+}!"
     assert "\033[31m" in diff.draw(["x"], [1], ["y"], [1], color=True)
+    harmless = "10\u202f000\u00a0€\u3000\U0001f469\u200d\U0001f680 co\u00adop"  # spaces of several scripts, a joined emoji, a soft hyphen
+    assert diff.plain(harmless) == harmless
+    assert diff.plain("\u202e\u2066\x9b\u2028") == "\ufffd" * 4  # what turns the line round, or ends it
 
 
 # ---------------------------------------------------------------- reward_model

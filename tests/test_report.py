@@ -218,9 +218,24 @@ def test_only_our_own_file_is_replaced(seeds, tmp_path):
     (tmp_path / "mine.html").write_text("a page of mine")
     done = run("evaluate.py", "report", seeds[0], f"--out={tmp_path}/mine.html", ok=False)
     assert done.returncode == 2 and "is no report of ours" in done.stderr and (tmp_path / "mine.html").read_text() == "a page of mine"
+    (tmp_path / "notes.md").write_text("notes of mine")
+    done = run("evaluate.py", "report", seeds[0], f"--out={tmp_path}/notes.html", ok=False)
+    assert done.returncode == 2 and "notes.md is no report of ours" in done.stderr and (tmp_path / "notes.md").read_text() == "notes of mine"
+    for _ in range(2):  # its own it replaces
+        run("evaluate.py", "report", seeds[0], f"--out={tmp_path}/ours.html")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/rewards.json").write_text('[{"n"')
+    done = run("evaluate.py", "report", tmp_path / "torn", ok=False)
+    assert done.returncode == 2 and "torn/rewards.json: not JSON" in done.stderr
     (tmp_path / "empty").mkdir()
     done = run("evaluate.py", "report", tmp_path / "empty", ok=False)
     assert done.returncode == 2 and "no run in" in done.stderr
+
+
+def test_a_reward_model_is_named_by_its_rows_not_by_its_files_name():
+    for edits, name in ((True, "gaps.jsonl"), (False, "different.jsonl")):
+        rm = dict(kind="reward model", name="rm", config=dict(loss="sequence", data=name), record=dict(edits=edits))
+        assert report.label_of(rm, [rm]) == (report.RM_FINE if edits else report.RM_RLHF)
 
 
 def test_heat_is_what_ppo_is_paid():

@@ -108,6 +108,20 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
     assert page.read_text().count("class=changed") >= 2 and "://" not in page.read_text()
 
 
+def test_show_pairs_answers_by_their_question(world, tmp_path, capsys):
+    questions = [dict(instruction=f"List {n} fruits.", input="") for n in ("two", "three")]
+    common.write_jsonl(tmp_path / "a.jsonl", [row | {"output": f"apple {i}", "cut": None} for i, row in enumerate(questions)])
+    common.write_jsonl(tmp_path / "b.jsonl", [row | {"output": f"pear {i}"} for i, row in enumerate(questions)][::-1])
+    show_rewards.main([f"--model={world}/rm", f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
+    shown = re.sub(r"\([+-]\d+\.\d\)", "", capsys.readouterr().out)
+    first, second = shown.split("List three")
+    assert "apple 0" in first and "pear 0" in first and "apple 1" in second and "pear 1" in second
+    for flag, words in ((f"{world}/data/pref.jsonl", "holds no answers to show"), ("--n=0", "--n must be at least 1")):
+        with pytest.raises(SystemExit):
+            show_rewards.main([f"--model={world}/rm", f"{tmp_path}/a.jsonl", flag])
+        assert words in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- the data of people's edits
 
 TSV = """toxic\tneutral1\tneutral2\tneutral3

@@ -88,6 +88,8 @@ def test_a_models_config_comes_last(world, tmp_path, monkeypatch):
 
 
 def test_pref_file_marks_the_preferred_answer_as_w(world):
+    for name, edits in (("rm", True), ("rm_sequence", False)):  # the report names the arms by it
+        assert json.loads((world / name / "run.json").read_text())["edits"] is edits
     tokenizer = common.load_tokenizer(world / "sft")
     pairs, _ = reward_model.read_pairs(str(world / "data/pref.jsonl"), "data", tokenizer, 512)
     for row, pair in zip(rows_of(world / "data/pref.jsonl"), pairs):
