@@ -45,7 +45,10 @@ def check_numbers(cfg, *counts):
 def check_fits(path, flag, length, *, speaks=False):
     """fail() unless rows of so many tokens have positions in the model, and the model has the parts that load_model
     knows: the layers that FSDP shards, the head that gives a number per token. speaks: it must be a language model."""
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # no such name on the hub, no network, an unknown family
+        fail(f"--{flag}={path}: {str(error).strip().splitlines()[0]}")
     if speaks and "Classification" in " ".join(config.architectures or []):
         fail(f"--{flag}={path} is a reward model ({config.architectures[0]}): it has no words to say")
     room = getattr(config, "max_position_embeddings", length)

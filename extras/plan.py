@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
 from common import RANK, WORLD, say
-from extras.checks import check_model
+from extras.checks import check_fits, check_model, check_numbers
 
 SHAPES = {name: dict(vocab_size=32000, hidden_size=h, intermediate_size=i, num_hidden_layers=layers,
                      num_attention_heads=heads, num_key_value_heads=kv)
@@ -148,6 +148,7 @@ def models_of(cfg):
         if name in SHAPES:
             return LlamaConfig(**SHAPES[name])
         check_model(name, flag, made_by, weights=False)
+        check_fits(name, flag, cfg.query_len + cfg.response_len)
         return AutoConfig.from_pretrained(name)
     return (shape(config(cfg.policy, "policy", "python sft.py"), AutoModelForCausalLM),
             shape(config(cfg.reward_model, "reward_model", "python reward_model.py"), AutoModelForTokenClassification))
@@ -157,6 +158,7 @@ def show_plan(cfg):
     """Print the plan (rank 0)"""
     if RANK > 0:
         return
+    check_numbers(cfg, "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch", "response_len")
     policy, value = models_of(cfg)
     ranks = min(WORLD, int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)))  # sharded inside a machine, replicated across
     c = 4 if cfg.dtype == "float32" else 2

@@ -1,9 +1,11 @@
 """The plan against the peaks of torch's memory tracker, and what --plan=true prints. pytest tests/test_plan.py"""
+from pathlib import Path
+
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 import ppo
-from extras import plan, plan_tracked
+from extras import checks, plan, plan_tracked
 
 
 @pytest.mark.parametrize("sizes, point", [  # h, i, heads, kv heads, V, tied; none of these set a constant of the plan
@@ -27,6 +29,19 @@ def test_the_papers_run_fits_eight_gpus_and_not_one():
     assert 50 < peak[8] < 60 and peak[4] > 70 and peak[1] > 250, peak  # a simulation said 53.7 for eight
     rest = sum(plan.phases(policy, value, 8, cfg)["at rest"].values())
     assert rest == (16 - 4 + 2) * (policy.params + value.params) / 8  # float32, two moments; bf16 for the frozen
+
+
+def test_a_plan_of_what_the_stages_do_not_take_is_one_line(tmp_path, capsys, monkeypatch):
+    def offline(path, load=checks.AutoConfig.from_pretrained):
+        return load(path) if Path(path).exists() else (_ for _ in ()).throw(OSError(f"{path} is not there\nnor on the hub"))
+    monkeypatch.setattr(checks.AutoConfig, "from_pretrained", offline)
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    for fields, words in ((dict(policy=str(tmp_path / "gpt2")), "built as Llama is"), (dict(micro_batch=0), "--micro_batch must be"),
+                          (dict(policy="runs/sft"), "--policy=runs/sft: runs/sft is not there")):
+        with pytest.raises(SystemExit) as end:
+            ppo.main(ppo.Config(plan=True, **fields))
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and words in err and err.count("\n") == 1
 
 
 def test_plan_needs_no_model_and_writes_nothing(tmp_path, monkeypatch, capsys):
