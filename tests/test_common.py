@@ -1,5 +1,5 @@
 """Config, files, tokens, and generate against a slow loop. pytest tests/test_common.py"""
-import math
+import errno, math
 from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
@@ -144,6 +144,14 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
         monkeypatch.setattr("sys.argv", ["sft.py", *words])
         one_line(KeyboardInterrupt, KeyboardInterrupt(), None)
         assert said in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_whoever_says_so(capsys):
+    for error in (OSError(errno.ENOSPC, "No space left on device", "a.jsonl"),
+                  RuntimeError("I/O error: No space left on device (os error 28)")):  # as safetensors and DCP say it
+        one_line(type(error), error, None)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "No space left on device; what was written before is valid" in said
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
