@@ -299,7 +299,7 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
     cdf = torch.softmax(scores, -1).cumsum(-1)
     whole = cdf[:, -1:]
     target = torch.minimum(u.to(cdf) * whole, torch.nextafter(whole, whole * 0))  # rounding must not reach the end
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)  # NaN would be token V
+    return torch.searchsorted(cdf, target, right=True)[:, 0]  # NaN: V, no token
 
 
 @torch.no_grad()
@@ -324,6 +324,8 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
         logits = model(input_ids=ids, attention_mask=mask[:, :P + t], position_ids=positions, past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1]                              # [lines, V]
         tokens = draw_tokens(logits, uniforms[rows, t:t + 1], temperature, top_p, top_k)
+        if int(tokens.max()) >= logits.shape[1]:
+            fail("the model's logits are NaN: its weights are broken; go back to an earlier model")
         response_ids[rows, t], lengths[rows] = tokens, t + 1
         alive = tokens != eos_id if eos_id is not None else torch.ones_like(tokens, dtype=torch.bool)
         left = int(alive.sum())

@@ -290,7 +290,7 @@ def main(cfg):
     if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
         fail("--concurrency and --limit must be at least 1, --retries at least 0")
     if cfg.dry_run and cfg.editor != "claude":
-        fail(f"--dry_run=true counts what Claude would cost; --editor={cfg.editor} asks nobody")
+        return say(f"--editor={cfg.editor} asks no service: nothing to price")
     if cfg.tokenizer:
         load_tokenizer(cfg.tokenizer)  # wanted for the figures at the end: now is the time to miss it
     if cfg.editor == "rules":

@@ -6,7 +6,7 @@
     python evaluate.py rewards --reward_model=out/rm data/toy/pref_heldout.jsonl data/toy/edits_heldout.jsonl
     python evaluate.py report out --out=out/report.html                    # several folders: seeds
 
-decode   answers of any causal language model, as AlpacaEval's model_outputs (instruction, input, output, generator)
+decode   answers of a Llama-like language model, as AlpacaEval's model_outputs (instruction, input, output, generator)
 judge    each pair (the reference's answer, ours) before Claude in both orders, or the toy's gold, or a reward model
 winrate  the share of pairs that ours wins, its error, and what may have bent it: order, length, unreadable verdicts
 rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens that people changed
@@ -174,7 +174,7 @@ def tell(figures, indent=""):
 
 def decode(cfg):
     from extras.checks import check_fits, check_input, check_model
-    from extras.runs import begin, finish, logged, progress
+    from extras.runs import begin, finish, logged, progress, record_of
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1:
@@ -184,6 +184,7 @@ def decode(cfg):
     rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     check_fits(cfg.model, "model", max(map(len, prompts)) + cfg.response_len, speaks=True)
+    anew = cfg.overwrite or not record_of(cfg.out)
     if begin(cfg, inputs=[cfg.data, cfg.model], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
@@ -192,7 +193,7 @@ def decode(cfg):
     order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))  # the longest first: memory ends now or never
     groups = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
     parts = [Path(f"{cfg.out}.parts", f"{number}.jsonl") for number in range(len(groups))]
-    if cfg.overwrite and RANK == 0:
+    if anew and RANK == 0:
         shutil.rmtree(parts[0].parent, ignore_errors=True)
     barrier()
     mine = list(zip(groups, parts))[RANK::WORLD]
@@ -278,7 +279,7 @@ def judge(cfg):
               for i, (theirs, ours) in enumerate(pairs)]
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
     if cfg.dry_run and cfg.judge != "claude":
-        fail(f"--dry_run=true counts what Claude would cost; --judge={cfg.judge} asks nobody")
+        return say(f"--judge={cfg.judge} asks no service: nothing to price")
     if cfg.dry_run:
         from extras.claude_plan import show_plan
         requests = [judge_request(cfg, pairs[i], first) for i, first in cases]

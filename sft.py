@@ -43,7 +43,7 @@ def main(cfg):
     from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
-    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model", weights=False)
+    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model", weights="new")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None)), "output": str})
     tokenizer = load_tokenizer(cfg.model)

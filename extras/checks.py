@@ -6,7 +6,7 @@ import hashlib, json, math, re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from common import fail
 
@@ -18,16 +18,16 @@ def check_input(path, flag, made_by):
 
 
 def check_model(path, flag, made_by, *, weights=True):
-    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours. weights=False:
-    its config and tokenizer are enough"""
+    """A model is a Hugging Face folder, or a name on the hub: org/name, where org is no folder of ours. weights:
+    True, False (its config and tokenizer are enough), or "new" (there may be none: it gets new ones)"""
     org = str(path).partition("/")[0]
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and org not in ("out", "data") and not Path(org).exists()
     if not on_hub and not Path(path, "config.json").exists():
         fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
-    if not on_hub and not any(Path(path).glob("*.safetensors*")):
-        if any(Path(path).glob("*.bin*")):
+    if weights and not on_hub and not any(Path(path).glob("*.safetensors*")):
+        if any(Path(path).glob("pytorch_model*.bin*")):
             fail(f"--{flag}={path} has its weights in .bin, a pickle, which is never loaded; save it as safetensors")
-        if weights:
+        if weights != "new":
             fail(f"--{flag}={path} holds no weights (no .safetensors); make it with: {made_by}")
 
 
@@ -56,8 +56,8 @@ def check_fits(path, flag, length, *, speaks=False):
         fail(f"--{flag}={path} has positions for {room} tokens, the longest row has {length}; lower the length limits")
     try:
         with torch.device("meta"):  # no memory, no time
-            model = AutoModelForTokenClassification.from_config(config)
-        known = hasattr(model.base_model, "layers") and hasattr(model, "score")
+            model = (AutoModelForCausalLM if speaks else AutoModelForTokenClassification).from_config(config)
+        known = hasattr(model.base_model, "layers") and (speaks or hasattr(model, "score"))
     except ValueError:  # transformers has no such class for this family
         known = False
     if not known:

@@ -18,7 +18,8 @@ def ask_judge(cfg, requests):
     if cfg.overwrite:
         for rest in (".replies", ".batches"):
             Path(cfg.out + rest).unlink(missing_ok=True)
-    if not cfg.batch_api and Path(f"{cfg.out}.batches").exists():
+    batches = Path(f"{cfg.out}.batches")
+    if not cfg.batch_api and batches.exists() and any(batch["keys"] for batch in json.loads(batches.read_text())):
         fail(f"{cfg.out}: the Batches API has some of it, paid for: go on with --batch_api=true "
              f"(or remove {cfg.out}.batches)")
     kept = logged(log) or [dict(case=[i, first], reply=reply) for i, row in enumerate(logged(cfg.out))

@@ -158,7 +158,8 @@ def show_plan(cfg):
     """Print the plan (rank 0)"""
     if RANK > 0:
         return
-    check_numbers(cfg, "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch", "response_len")
+    check_numbers(cfg, "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch", "micro_batch",
+                  "response_len")
     policy, value = models_of(cfg)
     ranks = min(WORLD, int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)))  # sharded inside a machine, replicated across
     c = 4 if cfg.dtype == "float32" else 2

@@ -32,7 +32,7 @@ def record_of(out):
     return json.loads(record_path(out).read_text()) if record_path(out).exists() else {}
 
 
-def fingerprint(path):
+def fingerprint(path, sample=True):
     """What a run remembers of an input: a file's content; of a model's folder the run that made it, and of its weights
     the sizes and a sample (16 pieces of 64 KB of each file: no two trainings agree in them)"""
     path = Path(path)
@@ -46,7 +46,7 @@ def fingerprint(path):
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with open(file, "rb") as weights:
-                for k in range(16):
+                for k in range(16 if sample else 0):
                     weights.seek(k * size // 16)
                     digest.update(weights.read(1 << 16))
     return digest.hexdigest()[:16]
@@ -84,8 +84,10 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     if out.exists() and out.is_dir() == is_file(out):
         fail(f"--out={out} is there as a {'folder' if out.is_dir() else 'file'}; choose another name")
     read = {Path(path).resolve() for path in (*inputs, getattr(cfg, "data", None)) if isinstance(path, (str, Path))}
+    ours = ("checkpoint_*", "step_*", "metrics.jsonl", "samples.jsonl", "config.json")
     for path in read if cfg.overwrite or is_file(out) else ():
-        if out.resolve() in (path, *path.parents):
+        inside = path.is_relative_to(out.resolve()) and path.relative_to(out.resolve()).parts
+        if inside == () or inside and any(Path(inside[0]).match(name) for name in ours):
             fail(f"--out={out} is or holds {path}, which this run reads; choose another --out")
     try:
         record_path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -109,24 +111,21 @@ def begin(cfg, *, free=(), inputs=(), beside=(), **facts):
     if cfg.overwrite and is_file(out):
         out.unlink(missing_ok=True)
     elif cfg.overwrite:  # only what a run of ours leaves in a folder
-        for file in (out / name for name in ("metrics.jsonl", "samples.jsonl", "config.json")):
-            file.unlink(missing_ok=True)
-        for folder in (*out.glob("checkpoint_*"), *out.glob("step_*")):
-            shutil.rmtree(folder)
+        for path in (path for name in ours for path in out.glob(name)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif not old and (out.is_file() if is_file(out) else left):
         fail(f"{out} holds something that no run of ours wrote; choose another --out, or replace it: --overwrite=true")
     elif old:
         then = {name: getattr(type(cfg), name, None) for name in config} | old["config"]  # a field that came later
         differs = [f"{name}: {then[name]!r} then, {value!r} now" for name, value in config.items()
                    if name not in (*free, "overwrite", "out") and then[name] != value]
-        differs += [f"the content of {path}" for path in seen if old["inputs"].get(path) != seen[path]]
+        differs += [f"the content of {path}" for path in seen if path in old["inputs"] and old["inputs"][path] != (
+            seen[path] if "started" in old else fingerprint(path, sample=False))]  # else: before weights were sampled
         if differs and (left or old["finished"]):
             fail(f"{out} is another config's ({'; '.join(differs)}); choose another --out, or start anew with "
                  "--overwrite=true")
         if old["finished"]:
             return True
-    if not old:  # an earlier record's, which somebody removed
-        shutil.rmtree(f"{out}.parts", ignore_errors=True)
     for rest in ("checkpoint.tmp", "saving.tmp", "saving_step.tmp"):  # half written by a run that was killed
         shutil.rmtree(out / rest, ignore_errors=True)
 

@@ -60,10 +60,11 @@ def show(cfg):
             fail(f"{path} holds no answers to show: its rows need output, or original and edited")
     device, mesh, dtype = setup()
     model, rows = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True), []
-    for first in files[0][:cfg.n]:
+    for number, first in enumerate(files[0][:cfg.n]):
         answers = []  # title, R, texts of the tokens, r_t, changed: 0/1 each or None
-        about = [next((row for row in file if question(row) == question(first)), None) for file in files]
-        for path, row in ((path, row) for path, row in zip(cfg.data, about) if row):
+        k = sum(question(row) == question(first) for row in files[0][:number])  # a question may stand there twice
+        about = [[row for row in file if question(row) == question(first)][k:k + 1] for file in files]
+        for path, row in ((path, row) for path, rows_of in zip(cfg.data, about) for row in rows_of):
             ids = {name: encode_response(tokenizer, row[name], eos=name not in (row.get("cut") or []))
                    for name in NAMES if row.get(name)}
             both = "original" in ids and "edited" in ids

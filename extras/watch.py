@@ -134,16 +134,18 @@ def check_start(cfg, done, finished, last_lr):
         fail(f"{cfg.out} has {done} steps already, --steps={cfg.steps} is less; choose another --out")
     if done and not Path(cfg.out, "metrics.jsonl").exists():
         fail(f"{cfg.out} has a checkpoint, but no metrics.jsonl to go on from; start anew with --overwrite=true")
-    if last_lr == 0:
+    if cfg.lr and last_lr == 0:
         say(f"ALARM: the learning rate is 0 before step {cfg.steps}: prompts, rollout_batch and "
             f"--lr_epochs={cfg.lr_epochs} give fewer steps than --steps; raise --lr_epochs")
     then = record_of(cfg.out)["config"]["steps"] if finished else 0
     kept = Path(cfg.out, f"step_{then}")
     if RANK == 0 and finished and then % cfg.save_every == 0 and not kept.exists():
-        shutil.copytree(cfg.out, f"{kept}.tmp", dirs_exist_ok=True, ignore=lambda folder, names: [
+        half = Path(cfg.out, "saving_step.tmp")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(cfg.out, half, ignore=lambda folder, names: [
             name for name in names if not name.endswith((".safetensors", ".index.json")) and not re.match(
                 "config|generation|tokenizer|special|added|vocab|merges|chat", name)])
-        Path(f"{kept}.tmp").rename(kept)
+        half.rename(kept)
 
 
 def check_disk(cfg, models, dtype):

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest, sentencepiece, torch
 from conftest import ROOT
 from transformers import (BartConfig, DynamicCache, GPT2Config, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer,
-                          Qwen2Config)
+                          Olmo2Config, Qwen2Config)
 
 import common
 from extras import checks, runs
@@ -124,18 +124,22 @@ def test_pickled_weights_are_refused(tmp_path, capsys):
     for name in ("config.json", "pytorch_model.bin"):
         (tmp_path / name).write_text("{}")
     mistake(capsys, lambda: checks.check_model(tmp_path, "model", "python sft.py"), f"--model={tmp_path}", "never loaded")
+    mistake(capsys, lambda: checks.check_model(tmp_path, "model", "python sft.py", weights="new"), "never loaded")
+    checks.check_model(tmp_path, "tokenizer", "python sft.py", weights=False)
     (tmp_path / "model.safetensors").write_text("")
     checks.check_model(tmp_path, "model", "python sft.py")
 
 
 def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
-    for name, config in (("llama", LlamaConfig()), ("qwen", Qwen2Config(max_position_embeddings=50)), ("gpt2", GPT2Config()),
+    for name, config in (("olmo", Olmo2Config()), ("llama", LlamaConfig()), ("qwen", Qwen2Config(max_position_embeddings=50)), ("gpt2", GPT2Config()),
                          ("neox", GPTNeoXConfig()), ("bart", BartConfig())):  # GPT-2: no layers; NeoX: no score; Bart: no such class
         config.save_pretrained(tmp_path / name)
     checks.check_fits(tmp_path / "llama", "model", 2048)
     checks.check_fits(tmp_path / "qwen", "model", 50)
+    checks.check_fits(tmp_path / "olmo", "model", 50, speaks=True)  # no reward model can be made of it, but it speaks
     mistake(capsys, lambda: checks.check_fits(tmp_path / "qwen", "model", 51), "--model=", "positions for 50 tokens, the longest row has 51")
-    for name in ("gpt2", "neox", "bart"):
+    mistake(capsys, lambda: checks.check_fits(tmp_path / "gpt2", "model", 9, speaks=True), "built as Llama is")
+    for name in ("gpt2", "neox", "bart", "olmo"):
         mistake(capsys, lambda: checks.check_fits(tmp_path / name, "model", 9), f"--model={tmp_path}/{name}", "built as Llama is")
 
 
@@ -232,9 +236,8 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl/e.jsonl")), "below something that is no folder")
     mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl"), inputs=[tmp_path / "in.jsonl"]), "which this run reads")
     (tmp_path / "e.jsonl.parts").mkdir()
-    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False and not (tmp_path / "e.jsonl.parts").exists()  # of nobody knows what
+    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False
     release()
-    (tmp_path / "e.jsonl.parts").mkdir()
     mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/e.jsonl", lr=2.0)), "lr: 1.0 then, 2.0 now")
     release()
     assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False and (tmp_path / "e.jsonl.parts").exists()
@@ -243,6 +246,16 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     before = runs.fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 19) + b"x" + bytes((1 << 19) - 1))
     assert runs.fingerprint(tmp_path) != before, "other weights of the same size"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/in.tsv").write_text("a")  # a source may lie in a folder that is written to: it stays
+    Source = type("Source", (Run,), {"out": "data/x"})
+    for overwrite in (False, True):
+        assert runs.begin(Source(f"{tmp_path}/source", overwrite=overwrite), inputs=[tmp_path / "source/in.tsv"], beside=("in.tsv",)) is False
+        release()
+    record = runs.record_of(tmp_path / "source") | {"inputs": {str(tmp_path / "source/in.tsv"): "old", "gone": "old"}}
+    runs.record_path(tmp_path / "source").write_text(runs.json.dumps(record))
+    mistake(capsys, lambda: runs.begin(Source(f"{tmp_path}/source"), inputs=[tmp_path / "source/in.tsv"], beside=()), "the content of")
+    release()
     for usual, wrong, words in (("out/sft", "a.jsonl", "a folder"), ("out/e.jsonl", "a", "a file"), ("out/e.jsonl", "a.txt", "a file")):
         Usual = type("Usual", (Run,), {"out": usual})
         mistake(capsys, lambda: runs.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)
