@@ -289,18 +289,17 @@ def main(cfg):
         fail(f"--max_tokens={cfg.max_tokens} must be 1 to 21,333: for more the API wants to stream")
     if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
         fail("--concurrency and --limit must be at least 1, --retries at least 0")
-    if cfg.dry_run and cfg.editor != "claude":
-        return say(f"--editor={cfg.editor} asks no service: nothing to price")
+    if cfg.dry_run:
+        from extras.claude_plan import show_plan
+        return say(f"--editor={cfg.editor} asks no service: nothing to price") if cfg.editor != "claude" else show_plan(
+            [build_request(cfg, row) for row in rows.values()], [row["original"] for row in rows.values()],
+            batch=cfg.batch_api)
     if cfg.tokenizer:
         load_tokenizer(cfg.tokenizer)  # wanted for the figures at the end: now is the time to miss it
     if cfg.editor == "rules":
         from data.toy.prepare import gold, mend
         for row in rows.values():
             gold(row, row["original"])  # ends the run where a row is not of the toy world
-    if cfg.dry_run:
-        from extras.claude_plan import show_plan
-        return show_plan([build_request(cfg, row) for row in rows.values()], [row["original"] for row in rows.values()],
-                         batch=cfg.batch_api)
     if cfg.editor == "claude" and not claude_client():
         fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
     if cfg.editor == "local":

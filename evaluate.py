@@ -278,10 +278,10 @@ def judge(cfg):
               [1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
               for i, (theirs, ours) in enumerate(pairs)]
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
-    if cfg.dry_run and cfg.judge != "claude":
-        return say(f"--judge={cfg.judge} asks no service: nothing to price")
     if cfg.dry_run:
         from extras.claude_plan import show_plan
+        if cfg.judge != "claude":
+            return say(f"--judge={cfg.judge} asks no service: nothing to price")
         requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
         plan = dict(requests=requests, answers=["Output (a)"] * len(requests), batch=cfg.batch_api)
         return show_plan(**plan) if requests else say("no two answers differ: nothing would be asked")

@@ -14,7 +14,7 @@ Where we depart: the paper writes [R_1..R_n] without KL; the defaults are Alpaca
 whole batch, all ranks together. Results do not depend on micro-batches or the number of ranks (but for float noise):
 rollouts are cut into fixed groups, each row has its own draws, and optimizer batches are drawn over all rows.
 """
-import os, shutil, time
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -288,7 +288,7 @@ def check(cfg):
 
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
+    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model, save_step
     from extras.runs import begin, finish, log_metrics, logged, progress, record_of, trim_logs
     from extras import watch  # alarms, samples, wandb, SIGTERM: what is beside the story
     if cfg.plan:
@@ -321,7 +321,9 @@ def main(cfg):
     optimizer = torch.optim.AdamW(models.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
     watch.check_disk(cfg, models, dtype)
     done = saved = load_checkpoint(cfg.out, models, optimizer)
-    watch.check_start(cfg, done, finished, learning_rate(cfg, cfg.steps - 1, len(prompts)))
+    watch.check_start(cfg, done, learning_rate(cfg, cfg.steps - 1, len(prompts)))
+    if 0 < done < cfg.steps and done % cfg.save_every == 0 and not Path(cfg.out, f"step_{done}").exists():
+        save_step(policy, tokenizer, cfg.out, done, dtype)  # it was the last step, out itself; now there are more
     trim_logs(cfg.out, done)
     history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
@@ -395,11 +397,7 @@ def main(cfg):
         if step % cfg.sample_every == 0 or step == cfg.steps - 1:
             watch.samples(cfg, tokenizer, step, batch_rows[:3], responses, r, R)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            beside, final = Path(cfg.out, "saving_step.tmp"), Path(cfg.out, f"step_{step + 1}")
-            save_model(policy, tokenizer, beside, dtype)  # all ranks
-            if RANK == 0:
-                shutil.rmtree(final, ignore_errors=True)  # of a run that was killed later, and goes on from before
-                os.replace(beside, final)
+            save_step(policy, tokenizer, cfg.out, step + 1, dtype)  # all ranks
         if (step + 1) % cfg.resume_every == 0 or step + 1 == cfg.steps:
             save_checkpoint(cfg.out, saved := step + 1, models, optimizer)  # all ranks
 

@@ -114,12 +114,12 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
         if record_of(path)["tokenizer_hash"] != tokenizer_hash(tokenizer):
             fail(f"--{flag}={path} was made with another tokenizer than the model's; make it again: "
                  "python diff.py --tokenizer=MODEL")
-        rows = read_jsonl(path, ids)
+        rows, V = read_jsonl(path, ids), len(tokenizer)
         pairs = [tuple(row[name] for name in ids) for row in rows]
         for number, (prompt, w, l, changed_w, changed_l) in enumerate(pairs, 1):
             if len(w) != len(changed_w) or len(l) != len(changed_l):
                 fail(f"{path}:{number}: a mask is not as long as its ids; make the file again: python diff.py")
-            if not all(type(i) is int and 0 <= i < len(tokenizer) for ids in (prompt, w, l) for i in ids):
+            if not all(type(i) is int and 0 <= i < V for i in (*prompt, *w, *l)):
                 fail(f"{path}:{number}: holds ids that no token has; make the file again: python diff.py")
     elif masks_needed:
         fail(f"--{flag}={path} has no edited_ids, so no U_1: --loss=eq3 and eq4 learn from diff.py's output "

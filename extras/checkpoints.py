@@ -81,3 +81,12 @@ def save_model(model, tokenizer, out, dtype, *, sequence=False):
             os.replace(file, Path(out, file.name))
         folder.rmdir()
     barrier()
+
+
+def save_step(model, tokenizer, out, step, dtype):
+    """<out>/step_<step>/: the model as it was then, a folder that is there only when whole. All ranks."""
+    beside, final = Path(out, "saving_step.tmp"), Path(out, f"step_{step}")
+    save_model(model, tokenizer, beside, dtype)
+    if RANK == 0:
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was killed later, and goes on from before
+        os.replace(beside, final)

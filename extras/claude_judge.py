@@ -34,8 +34,8 @@ def ask_judge(cfg, requests):
                 break
             with progress(list(asked), "judge", len(requests)) as bar:
                 todo = {key: requests[case] for key, case in asked.items()}
-                batches = f"{cfg.out}.batches" if cfg.batch_api else None
-                for key, reply in ask_claude(todo, stop, concurrency=cfg.concurrency, batches=batches):
+                for key, reply in ask_claude(todo, stop, concurrency=cfg.concurrency,
+                                             batches=batches if cfg.batch_api else None):
                     case = asked[key]
                     replies[case], errors[case] = reply.text, reply.error or f"no verdict ({reply.stop_reason})"
                     if parse_verdict(reply.text) is not None:

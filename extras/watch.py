@@ -1,5 +1,5 @@
 """What a ppo.py run shows beside its numbers (alarms, samples, wandb) and what it survives: SIGTERM, a small disk."""
-import hashlib, json, math, re, resource, shutil, signal
+import hashlib, json, math, resource, shutil, signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -128,8 +128,8 @@ def stop_if_told(cfg, step, saved, models, optimizer, device):
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def check_start(cfg, done, finished, last_lr):
-    """What can be wrong with going on; and a finished run that goes on to more steps keeps its model (rank 0)"""
+def check_start(cfg, done, last_lr):
+    """What can be wrong with going on after the steps that are done, or with the learning rate of the last"""
     if done > cfg.steps:
         fail(f"{cfg.out} has {done} steps already, --steps={cfg.steps} is less; choose another --out")
     if done and not Path(cfg.out, "metrics.jsonl").exists():
@@ -137,15 +137,6 @@ def check_start(cfg, done, finished, last_lr):
     if cfg.lr and last_lr == 0:
         say(f"ALARM: the learning rate is 0 before step {cfg.steps}: prompts, rollout_batch and "
             f"--lr_epochs={cfg.lr_epochs} give fewer steps than --steps; raise --lr_epochs")
-    then = record_of(cfg.out)["config"]["steps"] if finished else 0
-    kept = Path(cfg.out, f"step_{then}")
-    if RANK == 0 and finished and then % cfg.save_every == 0 and not kept.exists():
-        half = Path(cfg.out, "saving_step.tmp")
-        shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(cfg.out, half, ignore=lambda folder, names: [
-            name for name in names if not name.endswith((".safetensors", ".index.json")) and not re.match(
-                "config|generation|tokenizer|special|added|vocab|merges|chat", name)])
-        half.rename(kept)
 
 
 def check_disk(cfg, models, dtype):
