@@ -5,7 +5,13 @@ where a token counts; it comes from lengths, never from `ids == pad`. Names: pro
 response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
 padding around them. What is beside the story stands in extras/ and is imported where it is used.
 """
-import functools, json, math, os, random, sys, time
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,47 +19,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
+                          AutoTokenizer)
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+from plumbing.cache import in_place_cache
+from plumbing.files import whole_characters
+from plumbing.ranks import RANK, WORLD, fail
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-# ---------------------------------------------------------------- messages and files
-
-def fail(message):
-    """One line on stderr, exit code 2. Every rank finds the same mistake; rank 0 is to say it."""
-    if RANK > 0:
-        time.sleep(10)  # torchrun ends us first, unless the mistake is this rank's own
-    line = "".join(c if c.isprintable() else "?" for c in f"{Path(sys.argv[0]).name}: {message}")  # it quotes files
-    print(line, file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def say(*words):
-    """print on rank 0, above the progress bar"""
-    if RANK == 0:
-        tqdm.write(" ".join(map(str, words)))
-        sys.stdout.flush()
-
-
-def read_jsonl(path, fields):
-    """The rows of a JSONL file (list of dict). fields: name -> kind, as in extras.checks.fits(). A malformed row ends
-    the run with file:line; extra fields pass."""
-    from extras.checks import open_input, parse_row
-    with open_input(path) as file:
-        rows = [parse_row(line, fields, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()]
-    return rows or fail(f"{path}: no rows in it")
-
-
-def write_jsonl(path, rows):
-    """One object a line; the file has its name only when it is whole"""
-    from extras.runs import replacing
-    with replacing(path) as file:
-        file.writelines(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------- text and tokens
@@ -85,11 +62,6 @@ def lead(tokenizer):
     return ("\n", newline) if tokenizer.encode("x", add_special_tokens=False) != behind else ("", [])
 
 
-def whole_characters(text):
-    """Half a surrogate pair, which JSON files do hold, is no character: it becomes a question mark"""
-    return text.encode("utf-8", "replace").decode()
-
-
 def encode_prompt(tokenizer, row):
     """Alpaca's prompt of a row -> ids, with bos once where the model family puts one: where encode() does, and where it
     is <s>, since a bare Llama tokenizer.model adds none by itself"""
@@ -112,6 +84,26 @@ def decode_response(tokenizer, ids):
     before, ids_before = lead(tokenizer)
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
+
+
+def token_texts(tokenizer, ids):
+    """The text of each token, for pictures; joined they are the response. A token that ends inside
+    a character gets "", and the token that completes it gets the character."""
+    texts = []
+    done = ""
+    for end in range(1, len(ids) + 1):
+        text = decode_response(tokenizer, [*ids[:end], tokenizer.eos_token_id])
+        complete = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        texts.append(text[len(done):] if complete else "")
+        done = text if complete else done
+    return texts
+
+
+def tokenizer_hash(tokenizer):
+    """Two tokenizers are the same if their vocabulary and special ids agree (pad does not matter)"""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
 
 
 def rows_at(start, stop, n, seed):
@@ -151,19 +143,6 @@ def setup(dtype="auto"):
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def total(x, op="sum"):
-    """Sum (or max) of a tensor over the ranks. All ranks."""
-    if dist.is_initialized():
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-    return x
-
-
 def deal(rows, lengths, micro_batch):
     """This rank's micro-batches of an optimizer batch: lists of row numbers, rows of similar length together, the same
     number of lists on every rank (one may be empty: run any row with weight 0, for FSDP's collectives). lengths[row]:
@@ -201,8 +180,6 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if mesh:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -285,6 +262,46 @@ def token_heads(model, ids, mask, response_mask, *, before=False):
     return to_left(heads[:, -T - 1:-1] if before else heads[:, -T:], response_mask)
 
 
+# ---------------------------------------------------------------- what a reward model says of a response
+
+def last_token(mask):
+    """True at the last token of each row, wherever the response begins, [B, T] -> [B, T]"""
+    later = mask.long().flip(1).cumsum(1).flip(1)  # tokens from here on
+    return mask.bool() & (later == 1)
+
+
+def sequence_rewards(r, response_mask):
+    """A sequence-level model's R: r at the last real token, [B, T] -> [B]"""
+    return r.masked_fill(~last_token(response_mask), 0).sum(1)
+
+
+def mean_rewards(r, response_mask):
+    """R(tau) [1]: the mean of r_t over the real tokens, [B, T] -> [B]"""
+    tokens = response_mask.sum(1).clamp(min=1)
+    return r.masked_fill(~response_mask.bool(), 0).sum(1) / tokens
+
+
+def total_rewards(r, response_mask, level):
+    """R of a reward model of that level ("token" or "sequence"), [B, T] -> [B]"""
+    if level == "sequence":
+        return sequence_rewards(r, response_mask)
+    return mean_rewards(r, response_mask)
+
+
+def reward_level(path):
+    """"token" or "sequence": what kind of reward model a folder holds"""
+    try:
+        kinds = " ".join(AutoConfig.from_pretrained(path).architectures or [])
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no model ({str(error).splitlines()[0]})")
+    if "ForTokenClassification" in kinds:
+        return "token"
+    if "ForSequenceClassification" in kinds:
+        return "sequence"
+    fail(f"{path} is no reward model (config.json says {kinds or 'nothing'}); make one with: "
+         "python reward_model.py")
+
+
 # ---------------------------------------------------------------- generation
 
 def draw_tokens(logits, u, temperature, top_p, top_k):
@@ -310,7 +327,6 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
 
     uniforms [B, max_new_tokens] in [0, 1): the draw of each token; None: torch's generator. eos_id None: never ends.
     temperature 0: argmax. ValueError in train mode."""
-    from extras.in_place_cache import in_place_cache
     if model.training:
         raise ValueError("generate needs model.eval(): in train mode activation checkpointing drops the KV cache")
     B, P = prompt_ids.shape
@@ -362,3 +378,12 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+# ---------------------------------------------------------------- statistics
+
+def mean_and_error(x):
+    """Mean and its standard error sd(ddof=1) / sqrt(n); None where there is none"""
+    mean = statistics.fmean(x) if x else None
+    error = statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
+    return mean, error

@@ -50,7 +50,7 @@ together <<JOBS
 $(for rm in rm_original rm_edited rm_token; do
     echo "stage $rm evaluate.py rewards ${A[*]} --reward_model=$OUT/$rm --data=$OUT/data/pref_heldout.jsonl,$OUT/edits_heldout.jsonl --out=$OUT/$rm/rewards.json"
 done)
-stage bag_of_tokens extras/bag_of_tokens.py --train=$OUT/edits.jsonl --data=$OUT/data/pref_heldout.jsonl --tokenizer=$OUT/data/model --out=$OUT/bag_of_tokens.json
+stage bag_of_tokens extras/study/bag_of_tokens.py --train=$OUT/edits.jsonl --data=$OUT/data/pref_heldout.jsonl --tokenizer=$OUT/data/model --out=$OUT/bag_of_tokens.json
 JOBS
 
 # kl_coef is 0.05 of the standard deviation of each arm's return at the first rollout (return_sd in metrics.jsonl), the mean of
@@ -76,7 +76,7 @@ done)
 JOBS
 
 title "the evaluation: of each run the model that did best there, on questions it was not chosen on"
-BEST=$("$PYTHON" extras/best_step.py "$OUT/sft" "$OUT"/ppo_*/)
+BEST=$("$PYTHON" evaluate.py best "$OUT/sft" "$OUT"/ppo_*/)
 together <<JOBS
 $(while read -r run model; do echo "judged $model $run $OUT/data/eval.jsonl $OUT/$run/"; done <<< "$BEST")
 JOBS

@@ -13,11 +13,14 @@ many of the edited answer's last tokens over the edge, and the original's, left 
 Pairs that are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed
 edits (edited: null).
 """
-import json, sys, unicodedata
+import json, sys
 from dataclasses import dataclass
-from shutil import get_terminal_size
 
-from common import encode_prompt, encode_response, fail, load_tokenizer, read_jsonl, say
+from common import encode_prompt, encode_response, load_tokenizer, tokenizer_hash
+from plumbing.command_line import extra, load_config
+from plumbing.files import check_input, check_model, check_numbers, read_jsonl, replacing
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,9 @@ class Config:
     gaps: bool = False              # ours, see align(): so that Eq. 4 can punish an omission
     max_tokens: int = 512           # of prompt + answer; longer pairs are dropped (the paper's preset: 512)
     max_changed: float = 1.0        # drop pairs with a larger share of changed tokens; 1: keep rewrites too
-    n: int = 5                      # show: how many pairs
-    html: str | None = None         # show: a page to write, instead of the terminal
     seed: int = 0                   # nothing here is random
     overwrite: bool = False
+    allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
 
 # ---------------------------------------------------------------- the alignment
@@ -135,93 +137,12 @@ def diff_row(row, tokenizer, gaps=False):
                       edited_changed=edited_changed, original_changed=original_changed)
 
 
-# ---------------------------------------------------------------- pictures
-
-def segments(original_texts, original_changed, edited_texts, edited_changed, blamed=()):
-    """Both answers as one text -> [kind, text]s: "-" removed, "+" added, " " in both, "~" in both but blamed for a gap.
-
-    texts: one string per token (extras.pages.token_texts); the masks are those without gaps; blamed: the places, in the
-    original, of unchanged tokens that gaps would put into U_1 on either side."""
-    spans, i, j = [], 0, 0
-    while i < len(original_texts) or j < len(edited_texts):
-        if i < len(original_texts) and original_changed[i]:
-            kind, text, i = "-", original_texts[i], i + 1
-        elif j < len(edited_texts) and edited_changed[j]:
-            kind, text, j = "+", edited_texts[j], j + 1
-        else:
-            kind, text, i, j = "~" if i in blamed else " ", original_texts[i], i + 1, j + 1
-        if spans and spans[-1][0] == kind:
-            spans[-1][1] += text
-        else:
-            spans.append([kind, text])
-    return spans
-
-
-def draw(original_texts, original_changed, edited_texts, edited_changed, *, blamed=(), width=100, color=True):
-    """Both answers as one text for the terminal, wrapped at width: [-removed-] red, {+added+} green, <~blamed~> yellow.
-
-    Arguments as in segments(). Control characters are made visible, so no answer can steer the terminal."""
-    marks = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"), "~": ("<~", "~>", "\033[33m"),
-             " ": ("", "", "")}
-    lines, column = [""], 0
-    for kind, text in segments(original_texts, original_changed, edited_texts, edited_changed, blamed):
-        left, right, paint = marks[kind]
-        for number, line in enumerate((left + plain(text) + right).split("\n")):
-            if number:
-                lines, column = lines + [""], 0
-            for word in line.replace(" ", " \0").split("\0"):  # a word keeps the space behind it
-                if column and column + len(word.rstrip()) > width:
-                    lines, column = lines + [""], 0
-                lines[-1] += paint + word + "\033[0m" if paint and color and word else word
-                column += len(word)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def plain(text):
-    """Text that cannot steer a terminal: control characters but the newline as their pictures"""
-    def shown(c):
-        if c == "\n" or c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u00ad\u200c\u200d":
-            return c  # wide spaces, soft hyphens and the joiners of emoji and scripts steer nothing
-        return chr(0x2400 + ord(c)) if ord(c) < 32 else "\N{REPLACEMENT CHARACTER}"
-    return "".join(map(shown, text))
-
-
-def show(cfg):
-    """The first n changed pairs of an edits file, in the terminal or as a page"""
-    from extras.checks import check_input, check_model, check_numbers
-    from extras.pages import diff_page, token_texts
-    check_numbers(cfg, "n")
-    check_input(cfg.data, "data", "python edit.py")
-    check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
-    tokenizer, pictures = load_tokenizer(cfg.tokenizer), []
-    rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS) if row["edited"] not in (None, row["original"])]
-    for row in rows[:cfg.n]:
-        pair = diff_row(row, tokenizer)
-        ids_l, changed_l, ids_w, changed_w = (
-            pair[name] for name in ("original_ids", "original_changed", "edited_ids", "edited_changed"))
-        masks, blamed = align(ids_l, ids_w, gaps=cfg.gaps), set()
-        if cfg.gaps:  # the k-th unchanged token of one side is the k-th of the other
-            kept = ([t for t, changed in enumerate(side) if not changed] for side in (changed_l, changed_w))
-            blamed = {i for i, j in zip(*kept) if masks[0][i] or masks[1][j]}
-        texts_l, texts_w = (token_texts(tokenizer, ids) for ids in (ids_l, ids_w))
-        title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
-        pictures.append((title, row, texts_l, changed_l, texts_w, changed_w, blamed))
-    if cfg.html:
-        pairs = [(title, row, segments(*pair)) for title, row, *pair in pictures]
-        return diff_page(cfg.html, cfg.data, pairs, cfg.overwrite)
-    for title, row, *pair, blamed in pictures:
-        print(f"\n{plain(title)}  {plain(row['instruction'])}")
-        print(draw(*pair, blamed=blamed, width=get_terminal_size().columns, color=sys.stdout.isatty()))
-
-
 # ---------------------------------------------------------------- the stage
 
 EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str, "edited": (str, type(None))}
 
 
 def main(cfg):
-    from extras.checks import check_input, check_model, check_numbers, tokenizer_hash
-    from extras.runs import begin, finish, replacing
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     if not 0 < cfg.max_changed <= 1:
@@ -229,7 +150,7 @@ def main(cfg):
     check_numbers(cfg, "max_tokens")
     rows = read_jsonl(cfg.data, EDIT_FIELDS)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    if begin(cfg, inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer)):
+    if begin(cfg, "diff", inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer)):
         return say(f"{cfg.out} is finished; nothing to do")
 
     dropped, shares = {}, []
@@ -252,8 +173,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
     if sys.argv[1:2] == ["show"]:
-        show(load_config(Config, "diff.show", sys.argv[2:]))
+        extra("report.show_diffs", "diff.py show").main(sys.argv[2:])
     else:
-        main(load_config(Config))
+        main(load_config(Config, "diff"))

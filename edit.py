@@ -1,73 +1,78 @@
-"""Stage 1. Fine-grained data by minimal editing: the less preferred answer, y_l -> the same, minimally edited, y_w.
+"""Stage 1. Fine-grained data by minimal editing: the less preferred answer y_l -> the same answer,
+minimally edited, y_w.
 
-    python edit.py data/alpacafarm/pref.jsonl --dry_run=true          # requests, tokens, dollars and the first prompt
-    python edit.py data/alpacafarm/pref.jsonl                         # Claude, as the paper does it (ANTHROPIC_API_KEY)
-    python edit.py data/alpacafarm/pref.jsonl --batch_api=true        # the same at half the price, within a day
-    python edit.py my.jsonl --editor=human                            # a person: opens a page in the browser
-    python edit.py my.jsonl --editor=local --model=org/name           # any chat model: nothing leaves the machine
-    python edit.py data/toy/pref.jsonl --editor=rules                 # the embedded world mends itself
-    python edit.py stats out/edits.jsonl --tokenizer=out/sft          # are they minimal? Also of other people's edits
+    python edit.py data/alpacafarm/pref.jsonl --dry_run=true   # requests, tokens, dollars, a prompt
+    python edit.py data/alpacafarm/pref.jsonl                  # Claude, as in the paper
+    python edit.py data/alpacafarm/pref.jsonl --batch_api=true # half the price, within a day
+    python edit.py my.jsonl --editor=human                     # a person: opens a page in the browser
+    python edit.py my.jsonl --editor=local --model=org/name    # a chat model on this machine
+    python edit.py data/toy/pref.jsonl --editor=rules          # the toy world's rule-based editor
+    python edit.py stats out/edits.jsonl --tokenizer=out/sft   # are they minimal? Anybody's edits
 
-In: pref.jsonl (the preferred answer is not used), or rows with instruction, input, original. Out: edits.jsonl, one row
-per distinct question: an edit, or a failure (edited: null) with its reason and the raw reply. A row is on disk as soon
-as it is there: stop or kill the run at any moment; the same command goes on, and asks again for what failed.
+In: pref.jsonl (the preferred answer is not used), or rows with instruction, input, original. Out:
+edits.jsonl, one row per distinct question: an edit, or a failure (edited: null) with its reason and
+the raw reply. Each row is written as soon as it is known. Stop or kill the run at any moment: the
+same command continues, and asks again for what failed. Claude needs ANTHROPIC_API_KEY.
 
-The paper's Claude-2 is gone, and today's models refuse a begun answer: these get the same request and answer in tags.
+The paper's Claude-2 is no longer offered. Newer models reject a prefilled assistant turn; they get
+the same request and are asked to answer between tags.
 """
-import errno, hashlib, json, os, random, re, signal, sys, threading
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import threading
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from tqdm import tqdm
+from common import load_tokenizer
+from plumbing import claude
+from plumbing.claude import Reply
+from plumbing.command_line import extra, load_config
+from plumbing.files import check_input, check_model, read_jsonl, whole_characters, write_jsonl
+from plumbing.paint import plain
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 
-from common import fail, load_tokenizer, read_jsonl, say, whole_characters, write_jsonl
-
-# The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the assistant's turn where the
-# model allows that, else TAGS ends the user's. They are defaults of fields: edit them here, in a preset, or as flags.
+# The paper's Figure 2. A row without input loses the line that names it. PREFILL begins the
+# assistant's turn where the model allows it; otherwise TAGS is appended to the user's message.
+# These are the defaults of fields: change them here, in a preset, or as flags.
 PROMPT = """Question: {instruction}
 Input: {input}
 
 Response: {original}
 
-Please make minimal changes to the above response in order to make it a more helpful response to the question. \
-NOTE It is important to only make minimal changes to the response — try to keep most of the response unchanged."""
+Please make minimal changes to the above response in order to make it a more helpful response to \
+the question. NOTE It is important to only make minimal changes to the response — try to keep most \
+of the response unchanged."""
 PREFILL = "Here is my attempt to make minimal changes to improve the response:"
-TAGS = "Write the improved response between <edited> and </edited>, and nothing outside of these tags."
-
-# Dollars per million tokens in and out, and when that was the list price; the Batches API takes half. A model that is
-# not here runs all the same, its cost is said to be unknown: look it up and add a line.
-PRICES = {
-    "claude-opus-4-6": (5, 25, "2026-02"),
-    "claude-sonnet-4-6": (3, 15, "2026-02"),
-    "claude-opus-4-5": (5, 25, "2025-11"),
-    "claude-haiku-4-5": (1, 5, "2025-10"),
-    "claude-sonnet-4-5": (3, 15, "2025-09"),
-}
+TAGS = ("Write the improved response between <edited> and </edited>, and nothing outside of these "
+        "tags.")
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, or rows with instruction, input, original
     editor: Literal["claude", "human", "local", "rules"] = "claude"
-    model: str = "claude-sonnet-4-6"  # claude: one of the API's; local: a chat model's folder or hub name
+    model: str = "claude-sonnet-4-6"  # claude: one of the API's; local: a chat model's folder or name
     out: str = "out/edits.jsonl"
     system: str = ""             # a system prompt; the paper has none
     prompt: str = PROMPT
-    prefill: str = PREFILL       # for models that take one (Claude 4.5 and older, local ones); empty: tags for all
+    prefill: str = PREFILL       # for models that take one (Claude 4.5 and older, local); empty: tags
     tags: str = TAGS
-    max_tokens: int = 8192       # no reply may be longer; where the original is short, less is asked for
+    max_tokens: int = 8192       # the longest reply; for short originals a smaller limit is sent
     concurrency: int = 16        # requests in flight; local: rows in a batch
     timeout: float = 600.0       # seconds until a request counts as dead
     retries: int = 5             # of a request, by the SDK: 429, 5xx, timeouts, dropped connections
     batch_api: bool = False      # half the price; answers within 24 hours, usually one
     dry_run: bool = False        # count, price and show; ask nothing, write nothing
     limit: int | None = None     # only the first so many rows
-    tokenizer: str = ""          # whose tokens the summary counts (out/sft); empty: words
-    seed: int = 0                # rules: which flaws are overlooked; local: the draws of the second try
+    seed: int = 0                # rules: which flaws are overlooked; local: draws of the second try
     overwrite: bool = False
 
 
@@ -116,14 +121,6 @@ def build_request(cfg, row, longest=False):
 
 # ---------------------------------------------------------------- replies: is this an edit?
 
-class Reply(NamedTuple):
-    text: str | None = None         # None: no reply came
-    stop_reason: str | None = None
-    usage: dict | None = None       # input_tokens, output_tokens
-    error: str | None = None        # why no reply came
-    again: bool = False             # can asking once more help?
-
-
 PREAMBLE = re.compile(r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
                       r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)|"
                       r"(sure|certainly|of course|okay)\W+(here|below|this)\b|"
@@ -166,104 +163,15 @@ def read_reply(reply, original, tag):
     return original[:start] + text + original[start + len(core):], None, False
 
 
-# ---------------------------------------------------------------- Claude (evaluate.py's judge asks through here, too)
-
-MAX_WAIT = 60  # seconds: the longest retry-after that is obeyed; the SDK knows no limit of its own
-
-
-@contextmanager
-def stopping():
-    """-> an Event that the first Ctrl-C (or SIGTERM) sets: what is paid for is still taken in. The second ends us."""
-    stop = threading.Event()
-
-    def handler(*_):
-        if stop.is_set():
-            os._exit(130)
-        stop.set()
-        os.write(2, b"\nstopping: what is in flight is finished first (again: stop at once)\n")
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def claude_client(timeout=600.0, retries=5):
-    """The SDK's client, or None without a key"""
-    import anthropic
-    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
-        if not re.fullmatch("[!-~]*", os.environ.get(name, "")):  # else the HTTP library would quote it in an error
-            fail(f"{name} holds white space or other characters that no key has")
-
-    def bound_wait(response):
-        for name, longest in (("retry-after", MAX_WAIT), ("retry-after-ms", 1000 * MAX_WAIT)):
-            wait = response.headers.get(name, "0")
-            if not (re.fullmatch(r"\d+(\.\d+)?", wait) and float(wait) <= longest):  # too long, or a date
-                response.headers[name] = str(longest)
-    http = anthropic.DefaultHttpxClient(event_hooks={"response": [bound_wait]})
-    client = anthropic.Anthropic(timeout=timeout, max_retries=retries, http_client=http)
-    return client if client.api_key or client.auth_token or client.credentials else None
-
-
-def why(error):
-    """An API error in one line: status, kind, the service's own words; never a header"""
-    status, body = getattr(error, "status_code", ""), getattr(error, "body", None)
-    inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else {}
-    return " ".join(f"{status} {inner.get('type') or type(error).__name__} {inner.get('message') or ''}".split())[:200]
-
-
-def read_message(message):
-    try:
-        text = "".join(block.text for block in message.content if block.type == "text")  # thinking may come before
-        usage = {name: getattr(message.usage, name) or 0 for name in ("input_tokens", "output_tokens")}
-        return Reply(text, message.stop_reason, usage)
-    except (AttributeError, TypeError):  # the SDK checks nothing: an HTML page is a str, parts may be missing
-        return Reply(error="broken reply", again=True)
-
+# ---------------------------------------------------------------- the one call of the service
 
 def ask_once(client, request):
+    """One request to Claude -> Reply, with the reason where no reply came"""
     import anthropic
     try:
-        return read_message(client.messages.create(**request))
+        return claude.read_message(client.messages.create(**request))
     except (anthropic.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        status = getattr(error, "status_code", 500)  # none: a timeout, a dropped connection, a 200 with a broken body
-        return Reply(error=why(error), again=status in (408, 409, 429) or status >= 500)
-
-
-def ask_claude(requests, stop, *, concurrency=16, timeout=600.0, retries=5, batches=None):
-    """requests: key -> arguments of messages.create; keys match [a-zA-Z0-9_-]{1,64}. Yields (key, Reply) as they come.
-
-    stop: the Event of stopping(); once it is set nothing new is asked, and the generator ends early. batches: a file to
-    remember what the Batches API works on; None: `concurrency` requests at a time. A missing or refused key: fail()."""
-    client = claude_client(timeout, retries) or fail("no API key: set ANTHROPIC_API_KEY")
-    if batches:
-        from extras.claude_batches import ask_in_batches
-        for key, message, error in ask_in_batches(client, requests, stop, batches):
-            yield key, Reply(error=error, again="invalid_request" not in error) if error else read_message(message)
-        return
-    waiting, running, hopeless, alive = iter(requests.items()), {}, None, False
-    with ThreadPoolExecutor(concurrency) as pool:
-        while True:
-            while len(running) < concurrency and not stop.is_set() and not hopeless and (item := next(waiting, None)):
-                running[pool.submit(ask_once, client, item[1])] = item[0]
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key, reply = running.pop(future), future.result()
-                alive = alive or not reply.error
-                if re.match("401 |400 .*(prefill|credit balance)" + "|40[234] " * (not alive), reply.error or ""):
-                    hopeless = reply.error  # so would every other one end; those in flight are still taken in
-                else:
-                    yield key, reply
-    if hopeless:
-        fail(f"the API says {hopeless!r}; nothing more was asked. Once that is mended the same command goes on")
-
-
-def dollars(model, usage, batch=False):
-    """What tokens cost, or None for a model that is not in PRICES"""
-    price = PRICES.get(re.sub(r"-20\d{6}$", "", model))
-    return price and (price[0] * usage["input_tokens"] + price[1] * usage["output_tokens"]) / 1e6 / (2 if batch else 1)
+        return claude.read_error(error)
 
 
 # ---------------------------------------------------------------- the stage
@@ -274,118 +182,181 @@ def read_edits(path):
         file.seek(0)
         text = file.read()
         file.truncate(text.rfind(b"\n") + 1)
-    rows = read_jsonl(path, {"id": str, "edited": (str, type(None))}) if b"\n" in text else []
+    if b"\n" not in text:
+        return {}
+    rows = read_jsonl(path, {"id": str, "edited": (str, type(None))})
     return {row["id"]: row for row in rows}
 
 
-def main(cfg):
-    from extras.checks import check_input, check_model
-    from extras.runs import begin, finish
-    # ---- what is asked, and can it be?
-    check_input(cfg.data, "data", "python data/alpacafarm/prepare.py (or data/toy/prepare.py)")
-    rows = read_rows(cfg)
-    tag = re.search(r"</([\w-]+)>", cfg.tags) or fail("--tags must ask for an answer between <tag> and </tag>")
+def check(cfg, rows):
+    """What can be wrong before anything is asked -> the name of the tag that holds the answer"""
+    tag = re.search(r"</([\w-]+)>", cfg.tags)
+    if not tag:
+        fail("--tags must ask for an answer between <tag> and </tag>")
     if not 0 < cfg.max_tokens <= 21_333:
         fail(f"--max_tokens={cfg.max_tokens} must be 1 to 21,333: for more the API wants to stream")
     if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
         fail("--concurrency and --limit must be at least 1, --retries at least 0")
     if cfg.dry_run:
-        from extras.claude_plan import show_plan
-        return say(f"--editor={cfg.editor} asks no service: nothing to price") if cfg.editor != "claude" else show_plan(
-            [build_request(cfg, row) for row in rows.values()], [row["original"] for row in rows.values()],
-            batch=cfg.batch_api)
-    if cfg.tokenizer:
-        load_tokenizer(cfg.tokenizer)  # wanted for the figures at the end: now is the time to miss it
+        return tag[1]
+
+    if cfg.editor == "human":
+        extra("editors.page", "--editor=human")
     if cfg.editor == "rules":
-        from data.toy.prepare import gold, mend
+        from data.toy.prepare import gold
         for row in rows.values():
-            gold(row, row["original"])  # ends the run where a row is not of the toy world
-    if cfg.editor == "claude" and not claude_client():
+            gold(row, row["original"])  # ends the run if a row is not of the toy world
+    if cfg.editor == "claude" and not claude.claude_client():
         fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
     if cfg.editor == "local":
-        check_model(cfg.model, "model", "no stage of ours: name a chat model")
-        load_tokenizer(cfg.model).chat_template or fail(f"--model={cfg.model} is no chat model: no chat template")
-    begin(cfg, free=("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit", "tokenizer"))
-    batches = Path(f"{cfg.out}.batches.json")  # what the Batches API is at work on
+        extra("editors.local", "--editor=local")
+        check_model(cfg.model, "model", "--editor=local needs a chat model from the hub or a folder")
+        if not load_tokenizer(cfg.model).chat_template:
+            fail(f"--model={cfg.model} is no chat model: no chat template")
+    return tag[1]
+
+
+class Edits:
+    """edits.jsonl while it is being written: each row is on disk as soon as it is known"""
+
+    def __init__(self, cfg, rows):
+        self.cfg = cfg
+        self.rows = rows
+        self.done = read_edits(cfg.out)  # id -> its row
+        self.file = open(cfg.out, "ab", buffering=0)
+        self.lock = threading.Lock()
+
+    def todo(self):
+        """The rows that have no edit yet, a failed one included"""
+        return {key: row for key, row in self.rows.items()
+                if key not in self.done or self.done[key]["edited"] is None}
+
+    def save(self, key, edited, error=None, reply=Reply()):
+        model = self.cfg.model if self.cfg.editor in ("claude", "local") else None
+        row = {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")}
+        row |= dict(edited=edited, editor=self.cfg.editor, model=model,
+                    stop_reason=reply.stop_reason, usage=reply.usage)
+        if edited is None:
+            row |= dict(error=error, raw=reply.text)
+        row |= self.rows[key]
+        line = whole_characters(json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+        # One write. If the disk is full, the torn line is removed again.
+        with self.lock:
+            written = self.file.write(line)
+            if written < len(line):
+                self.file.truncate(self.file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.cfg.out)
+            self.done[key] = row
+
+
+def ask_model(cfg, rows, edits, batches, stop, tag):
+    """Claude or a local model edits the rows; a reply that is no edit is asked for once more at the
+    end. -> tokens spent, how many rows may be asked again, the cost in words"""
+    spent = Counter()
+    cost = ""
+
+    def build(key, attempt):
+        cut = edits.done.get(key, {}).get("error", "").startswith("cut by")
+        return build_request(cfg, rows[key], longest=cut)
+
+    def ask(requests, attempt):
+        if cfg.editor == "local":
+            return extra("editors.local", "--editor=local").ask_local(
+                requests, stop, path=cfg.model, batch=cfg.concurrency, seed=cfg.seed,
+                temperature=0.7 * attempt)
+        return claude.ask_claude(requests, ask_once, stop, concurrency=cfg.concurrency,
+                                 timeout=cfg.timeout, retries=cfg.retries, batches=batches)
+
+    def take(key, reply):
+        nonlocal cost
+        used_tag = tag if uses_tags(cfg) else None
+        edited, error, again = read_reply(reply, rows[key]["original"], used_tag)
+        edits.save(key, edited, error, reply)
+        spent.update(reply.usage or {})
+        price = claude.dollars(cfg.model, spent, cfg.batch_api)
+        cost = f", ${price:,.2f}" if price else ""
+        return again, f"{spent.total():,} tokens{cost}"
+
+    left = claude.ask_until_read(list(edits.todo()), build, ask, take, stop, attempts=2,
+                                 name="asking")
+    return spent, len(left), cost
+
+
+def summary(rows, out):
+    """Two lines: what became of the rows, and the commonest reasons of failures"""
+    edited = [row for row in rows if row["edited"] is not None]
+    unchanged = sum(row["edited"] == row["original"] for row in edited)
+    say(f"{out}: {len(rows)} rows: {len(edited) - unchanged} edited, {unchanged} unchanged, "
+        f"{len(rows) - len(edited)} failed")
+    reasons = Counter(str(row.get("error") or "no reason given")
+                      for row in rows if row["edited"] is None)
+    words = "; ".join(f"{n} {plain(why)[:100]}" for why, n in reasons.most_common(5))
+    say(f"failed: {words}" if words else f"are they minimal? python edit.py stats {out}")
+
+
+def main(cfg):
+    # ---- what is asked, and can it be?
+    check_input(cfg.data, "data", "python data/alpacafarm/prepare.py (or data/toy/prepare.py)")
+    rows = read_rows(cfg)
+    tag = check(cfg, rows)
+    if cfg.dry_run and cfg.editor != "claude":
+        return say(f"--editor={cfg.editor} does not call Claude, so there is no cost")
+    if cfg.dry_run:
+        requests = [build_request(cfg, row) for row in rows.values()]
+        answers = [row["original"] for row in rows.values()]
+        return claude.show_price(requests, answers, batch=cfg.batch_api)
+
+    free = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit")
+    begin(cfg, "edit", free=free, paid=True)
+    ledger = Path(f"{cfg.out}.batches.json")  # what the Batches API works on
     if cfg.overwrite:
-        batches.unlink(missing_ok=True)
-    done = read_edits(cfg.out)
-    todo = {key: row for key, row in rows.items() if key not in done or done[key]["edited"] is None}
-    under_way = [] if cfg.batch_api or not batches.exists() else json.loads(batches.read_text())
-    if any(key in todo for batch in under_way for key in batch["keys"]):
-        fail(f"{cfg.out}: the Batches API has rows of it, paid for: go on with --batch_api=true (or remove {batches})")
+        ledger.unlink(missing_ok=True)
+    edits = Edits(cfg, rows)
+    todo = edits.todo()
+    if not cfg.batch_api and not todo.keys().isdisjoint(claude.under_way(ledger)):
+        fail(f"{cfg.out}: some rows are already submitted (and paid for) as a batch; continue with "
+             f"--batch_api=true (or remove {ledger})")
     say(f"{cfg.out}: {len(rows) - len(todo)} of {len(rows)} rows are done")
 
     # ---- ask, and write each row as it comes
-    file, lock, spent = open(cfg.out, "ab", buffering=0), threading.Lock(), Counter()
-    model = cfg.model if cfg.editor in ("claude", "local") else None
-
-    def save(key, edited, error=None, reply=Reply()):
-        row = {name: rows[key][name] for name in ("id", "instruction", "input", "original")}
-        row |= dict(edited=edited, editor=cfg.editor, model=model, stop_reason=reply.stop_reason, usage=reply.usage)
-        row |= ({"error": error, "raw": reply.text} if edited is None else {}) | rows[key]
-        line = whole_characters(json.dumps(row, ensure_ascii=False) + "\n").encode()
-        with lock:
-            if (written := file.write(line)) < len(line):  # one write; the disk is full: the torn line goes
-                file.truncate(file.tell() - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), cfg.out)
-            done[key] = row
-
-    with stopping() as stop:
+    spent, again, cost = Counter(), 0, ""
+    with claude.stopping() as stop:
         if cfg.editor == "human" and todo:
-            from extras.edit_page import serve
-            serve(rows, done, save, stop)
-        if cfg.editor == "rules" and todo:
+            page = extra("editors.page", "--editor=human")
+            page.serve(rows, edits.done, edits.save, stop)
+        elif cfg.editor == "rules":
+            from data.toy.prepare import mend
             for key, row in todo.items():
-                save(key, mend(row, row["original"], random.Random(f"{cfg.seed} {key}"), p=0.9))
-        asked = todo if cfg.editor in ("claude", "local") else {}
-        for attempt in range(2):  # what a second try can help is asked again once all others were asked
-            requests = {key: build_request(cfg, row, done.get(key, {}).get("error", "").startswith("cut by"))
-                        for key, row in asked.items()}
-            if not requests or stop.is_set():
-                break
-            asked = {}
-            if cfg.editor == "local":
-                from extras.local_editor import ask_local
-                replies = ((key, Reply(**fields)) for key, fields in ask_local(
-                    requests, stop, path=cfg.model, batch=cfg.concurrency, seed=cfg.seed, temperature=0.7 * attempt))
-            else:
-                replies = ask_claude(requests, stop, concurrency=cfg.concurrency, timeout=cfg.timeout,
-                                     retries=cfg.retries, batches=batches if cfg.batch_api else None)
-            with tqdm(total=len(requests), desc="asking again" if attempt else "asking") as bar:
-                for key, reply in replies:
-                    edited, error, again = read_reply(reply, rows[key]["original"], tag[1] if uses_tags(cfg) else None)
-                    save(key, edited, error, reply)
-                    asked |= {key: rows[key]} if again else {}
-                    spent.update(reply.usage or {})
-                    cost = dollars(cfg.model, spent, cfg.batch_api)
-                    cost = f", ${cost:,.2f}" if cost else ""
-                    bar.set_postfix_str(f"{spent.total():,} tokens{cost}", refresh=False)
-                    bar.update()
+                edits.save(key, mend(row, row["original"], random.Random(f"{cfg.seed} {key}"), p=0.9))
+        elif todo:
+            batches = ledger if cfg.batch_api else None
+            spent, again, cost = ask_model(cfg, rows, edits, batches, stop, tag)
 
-    # ---- one line per id, in the order of the data; what an earlier, longer data file asked stays
+    # ---- one line per id, in the order of the data; rows of an earlier, longer data file are kept
+    done = edits.done
     order = [key for key in rows if key in done] + [key for key in done if key not in rows]
     write_jsonl(cfg.out, [done[key] for key in order])
-    left = sum(key not in done for key in rows)
     if spent:
-        say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this time{cost}")
-    if left or stop.is_set() and asked:
-        say(f"{left} of {len(rows)} rows are left, {len(asked)} may be asked again: the same command goes on")
+        say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this "
+            f"time{cost}")
+    left = sum(key not in done for key in rows)
+    if left or stop.is_set() and again:
+        say(f"{left} of {len(rows)} rows are left, {again} may be asked again: the same command "
+            "continues")
         raise SystemExit(130 if stop.is_set() else 0)
+
     tokens = Counter()
     for row in done.values():
         tokens.update(row.get("usage") or {})
-    finish(cfg, config=vars(cfg), rows=len(rows), failed=sum(done[key]["edited"] is None for key in rows), **tokens)
+    failed = sum(done[key]["edited"] is None for key in rows)
+    finish(cfg, config=vars(cfg), rows=len(rows), failed=failed, **tokens)
     if todo:
-        from extras.edit_stats import show_stats
-        n = 10 if sys.stdout.isatty() else 0  # texts are for the eye, not for a log
-        show_stats([done[key] for key in rows], cfg.tokenizer, n=n)
+        summary([done[key] for key in rows], cfg.out)
 
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
     if sys.argv[1:2] == ["stats"]:
-        from extras.edit_stats import main as stats
-        stats(sys.argv[2:])
+        extra("editors.stats", "edit.py stats").main(sys.argv[2:])
     else:
-        main(load_config(Config))
+        main(load_config(Config, "edit"))

@@ -1,21 +1,33 @@
 """Stage 5. Which model is better, how good is the reward, and the paper's three tables.
 
     torchrun --nproc_per_node=8 evaluate.py decode --model=out/ppo --out=out/ppo/outputs.jsonl
-    python evaluate.py judge --outputs=out/ppo/outputs.jsonl --out=out/ppo/annotations.jsonl    # ANTHROPIC_API_KEY
-    python evaluate.py winrate out/ppo/annotations.jsonl                   # two files: their paired comparison
-    python evaluate.py rewards --reward_model=out/rm data/toy/pref_heldout.jsonl data/toy/edits_heldout.jsonl
-    python evaluate.py report out --out=out/report.html                    # several folders: seeds
+    python evaluate.py judge --outputs=out/ppo/outputs.jsonl --out=out/ppo/annotations.jsonl
+    python evaluate.py winrate out/ppo/annotations.jsonl         # two files: a paired comparison
+    python evaluate.py best out/ppo                              # the best model a run has kept
+    python evaluate.py rewards --reward_model=out/rm pref_heldout.jsonl edits_heldout.jsonl
+    python evaluate.py report out --out=out/report.html          # several folders: seeds
 
-decode   answers of a Llama-like language model, as AlpacaEval's model_outputs (instruction, input, output, generator)
-judge    each pair (the reference's answer, ours) before Claude in both orders, or the toy's gold, or a reward model
-winrate  the share of pairs that ours wins, its error, and what may have bent it: order, length, unreadable verdicts
-rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens that people changed
-report   Tables 1, 2 and 3 of the paper with ours beside them, and a page of figures, from run folders alone
+decode   answers of a language model, as AlpacaEval's model_outputs (instruction, input, output,
+         generator)
+judge    asks Claude (or the toy world's gold score, or a reward model) to compare each pair: the
+         reference's answer and ours, in both orders. Claude needs ANTHROPIC_API_KEY
+winrate  the share of pairs that ours wins, its error, and possible biases: order, length,
+         unreadable verdicts
+best     of each run the kept model with the highest win rate on val.jsonl's questions
+rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens
+         that people changed
+report   Tables 1, 2 and 3 of the paper next to ours, and a page of figures, from run folders alone
 
-decode, rewards and judge --judge=reward_model run a model: under torchrun too, with the same result on any number of
-ranks. `python evaluate.py WORD --help` lists a word's fields.
+decode, rewards and judge --judge=reward_model run a model: they work under torchrun, too, with the
+same result on any number of ranks. `python evaluate.py WORD --help` lists a word's fields.
 """
-import json, math, random, re, shutil, statistics, sys
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,81 +35,180 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, barrier, decode_response, encode_prompt, encode_response, fail, generate, load_model,
-                    load_tokenizer, pack, read_jsonl, row_uniforms, say, setup, unsharded, whole_characters,
-                    write_jsonl)
-from reward_model import reward_level
+from common import (deal, decode_response, encode_prompt, encode_response, generate, load_model,
+                    load_tokenizer, mean_and_error, pack, reward_level, row_uniforms, setup,
+                    token_heads, total_rewards, unsharded)
+from plumbing import claude
+from plumbing.command_line import extra, load_config
+from plumbing.files import (check_fits, check_input, check_model, check_numbers, read_jsonl,
+                            replacing, whole_characters, write_jsonl)
+from plumbing.ranks import RANK, WORLD, barrier, fail, say, total
+from plumbing.record import begin, finish, logged, progress, record_of
 
+
+# ---------------------------------------------------------------- statistics
+
+def points(preference):
+    """1 (the reference won) .. 2 (ours won) -> 0 .. 100; 0 is a draw, like 1.5"""
+    return 50.0 if preference == 0 else 100 * (preference - 1)
+
+
+def win_rate(preferences):
+    """preferences: in [1, 2], above 1.5 ours won; 1.5 or 0 is a draw; None is not counted.
+    -> win rate in percent, its standard error over pairs, counts"""
+    p = [points(x) for x in preferences if x is not None]
+    if not all(0 <= x <= 100 for x in p):
+        raise ValueError("a preference is 1, 2, between them, 0 or None")
+    rate, error = mean_and_error(p)
+    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 50 for x in p),
+                n_wins_base=sum(x < 50 for x in p), n_draws=sum(x == 50 for x in p), n_total=len(p))
+
+
+def paired(a, b, *, resamples=10_000, seed=0):
+    """Win rate of a minus that of b on the same questions, in points. The bootstrap draws questions.
+
+    a, b: preferences as in win_rate; a question that is None in either is left out. low, high: the
+    95% interval. p_value: two-sided."""
+    d = [points(x) - points(y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
+    difference, error = mean_and_error(d)
+    figures = dict(difference=difference, standard_error=error, low=None, high=None, p_value=None,
+                   n_total=len(d))
+    if len(d) < 2:
+        return figures
+
+    d = torch.tensor(d, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    means = []
+    for start in range(0, resamples, 500):  # 500 at a time, for memory
+        rows = torch.randint(len(d), (min(500, resamples - start), len(d)), generator=draw)
+        means.append(d[rows].mean(1))
+    means = torch.cat(means)
+
+    interval = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    figures["low"], figures["high"] = means.quantile(interval).tolist()
+    tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
+    figures["p_value"] = min(1.0, 2 * max(1, tail) / resamples)
+    return figures
+
+
+def tell(figures, indent=""):
+    """Print figures, every digit of them, one per line; a list of groups has one group per line"""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            say(f"{indent}{name}")
+            tell(value, indent + "  ")
+        elif isinstance(value, list):
+            for group in value:
+                parts = [f"{key} {rounded(x)}" for key, x in group.items()]
+                say(f"{indent}{name:<18}{'  '.join(parts)}")
+        else:
+            say(f"{indent}{name:<18}{'-' if value is None else value}")
+
+
+def rounded(x):
+    return round(x, 4) if isinstance(x, float) else x
+
+
+# ---------------------------------------------------------------- decode
 
 @dataclass(frozen=True)
 class DecodeConfig:
     model: str = "out/ppo"                      # a Hugging Face folder, or a name on the hub
-    data: str = "data/alpacafarm/eval.jsonl"    # rows: instruction, input; what else they hold passes through
+    data: str = "data/alpacafarm/eval.jsonl"    # rows: instruction, input; other fields are kept
     out: str = "out/ppo/outputs.jsonl"
-    generator: str | None = None                # the name that the outputs bear; None: the model folder's
-    temperature: float = 0.7                    # AlpacaFarm's; 0: the likeliest token
+    generator: str | None = None                # the name in the outputs; None: the model folder's
+    temperature: float = 0.7                    # AlpacaFarm's; 0: the most likely token
     top_p: float = 0.9
-    response_len: int = 300                     # tokens; an answer that was cut there bears `cut`
-    batch: int = 64                             # rows decoded at once, similar in length; fixed, whatever the ranks
+    response_len: int = 300                     # tokens; answers cut there get a `cut` field
+    batch: int = 64                             # rows decoded at once; changing it changes samples
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: int = 0                               # each row has its own draws
     overwrite: bool = False
+    allow_changed_code: bool = False            # continue although evaluate.py or common.py changed
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    outputs: str = "out/ppo/outputs.jsonl"      # ours
-    reference: str = "data/alpacafarm/eval.jsonl"  # the model to beat; pairs are matched by instruction and input
-    out: str = "out/ppo/annotations.jsonl"
-    judge: Literal["claude", "gold", "reward_model"] = "claude"  # gold: the toy world's, fewer flaws win
-    orders: int = 2                             # 2: both orders of each pair; 1: one, drawn at random (the old way)
-    prompt: Literal["plain", "length_neutral"] = "plain"
-    model: str = "claude-sonnet-4-6"            # claude: its API has no temperature any more, so ask in both orders
-    max_tokens: int = 1024                      # claude: of a reply; room for models that think
-    concurrency: int = 16                       # claude: requests in flight
-    batch_api: bool = False                     # claude: half the price, within a day
-    dry_run: bool = False                       # claude: requests, tokens, dollars, the first prompt; nothing is asked
-    reward_model: str | None = None             # reward_model: its folder
-    micro_batch: int = 16                       # reward_model: answers per forward and rank
-    seed: int = 0                               # orders=1: which order
-    overwrite: bool = False
+def check_decode(cfg):
+    """What can be wrong before the model is loaded -> rows, tokenizer, prompts (lists of ids)"""
+    check_model(cfg.model, "model", "python ppo.py (or sft.py)")
+    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    sampling = cfg.temperature >= 0 and 0 < cfg.top_p <= 1
+    if not sampling or cfg.batch < 1 or cfg.response_len < 1:
+        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at "
+             "least 1")
+    if Path(cfg.out).suffix != ".jsonl":
+        fail(f"--out must be a .jsonl file, got {cfg.out}")
+    rows = read_jsonl(cfg.data, {"instruction": str})
+    tokenizer = load_tokenizer(cfg.model)
+    prompts = [encode_prompt(tokenizer, row) for row in rows]
+    longest = max(map(len, prompts)) + cfg.response_len
+    check_fits(cfg.model, "model", longest, speaks=True)
+    return rows, tokenizer, prompts
 
 
-@dataclass(frozen=True)
-class WinrateConfig:
-    data: list[str] = ()                        # one or two files of annotations
-    json: bool = False
-    resamples: int = 10_000                     # of the paired bootstrap
-    seed: int = 0                               # its draws
+def decode(cfg):
+    rows, tokenizer, prompts = check_decode(cfg)
+    is_new = cfg.overwrite or not record_of(cfg.out)
+    if begin(cfg, "evaluate", inputs=[cfg.data, cfg.model], rows=len(rows)):
+        return say(f"{cfg.out} is finished; nothing to do")
+    device, mesh, dtype = setup(cfg.dtype)
+
+    # Fixed groups whatever the ranks, each with a file of its own. The longest prompts come first,
+    # so an out-of-memory error comes at once.
+    order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))
+    groups = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
+    parts = [Path(f"{cfg.out}.parts", f"{number}.jsonl") for number in range(len(groups))]
+    if is_new and RANK == 0:
+        shutil.rmtree(parts[0].parent, ignore_errors=True)
+    barrier()
+
+    # Groups that an interrupted run has finished are kept.
+    my_groups = list(zip(groups, parts))[RANK::WORLD]
+    todo = [(group, part) for group, part in my_groups if not part.exists()]
+    model = load_model(cfg.model, device, mesh, dtype, frozen=True)
+    with unsharded(model):
+        for group, part in progress(todo, "decode", len(my_groups)):
+            write_jsonl(part, answer(cfg, model, tokenizer, prompts, group, device))
+    barrier()
+
+    if RANK == 0:
+        answers = {row.pop("row"): row for part in parts for row in logged(part)}
+        name = cfg.generator or Path(cfg.model).resolve().name
+        outputs = []
+        for i, row in enumerate(rows):
+            row = {field: value for field, value in row.items() if field != "cut"}
+            row |= {"input": row.get("input") or "", "generator": name}
+            outputs.append(row | answers[i])
+        write_jsonl(cfg.out, outputs)
+        finish(cfg)
+        shutil.rmtree(parts[0].parent)
+        cut = sum("cut" in row for row in answers.values())
+        say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
 
 
-@dataclass(frozen=True)
-class RewardsConfig:
-    reward_model: str = "out/rm"
-    data: list[str] = ()                        # held-out preferences (output_1, output_2) or edits (original, edited)
-    out: str | None = None                      # the report looks for <reward model>/rewards.json; None: print only
-    json: bool = False
-    max_tokens: int = 512                       # prompt + answer; longer pairs are dropped and counted
-    micro_batch: int = 16                       # answers per forward and rank
-    resamples: int = 200                        # of the pairs, for the standard error of an AUROC
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0                               # their draws
-    overwrite: bool = False
+def answer(cfg, model, tokenizer, prompts, group, device):
+    """Decode one group of rows -> list of {row, output, cut?}"""
+    prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
+    uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
+    ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
+                         eos_id=tokenizer.eos_token_id, temperature=cfg.temperature,
+                         top_p=cfg.top_p, uniforms=uniforms)                        # [B, T]
+    answers = []
+    for i, row_ids, length in zip(group, ids.tolist(), mask.sum(1).tolist()):
+        response = row_ids[:length]
+        row = dict(row=i, output=decode_response(tokenizer, response))
+        if response[-1] != tokenizer.eos_token_id:
+            row["cut"] = ["output"]
+        answers.append(row)
+    return answers
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    data: list[str] = ()                        # run folders, or folders that hold them: one such folder per seed
-    out: str = "out/report.html"                # report.md, the tables alone, goes beside it
-    target: float | None = None                 # Table 3: also steps and hours to this win rate, in percent
-    markdown: bool = False                      # print the tables as Markdown, not as text
-    seed: int = 0                               # the bootstrap's draws
-    overwrite: bool = False                     # replace a file that is no report of ours
+# ---------------------------------------------------------------- judge
 
-
-# AlpacaFarm's pairwise prompt, in short. A row without input loses that block; --prompt=length_neutral adds NEUTRAL.
-JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose your preferred output, \
-which can be subjective.{neutral} Your answer should ONLY contain: Output (a) or Output (b).
+# AlpacaFarm's pairwise prompt, in short. A row without input loses that block;
+# --prompt=length_neutral adds NEUTRAL.
+JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose \
+your preferred output, which can be subjective.{neutral} Your answer should ONLY contain: \
+Output (a) or Output (b).
 
 ## Instruction:
 {instruction}
@@ -112,296 +223,617 @@ which can be subjective.{neutral} Your answer should ONLY contain: Output (a) or
 {second}
 
 ## Which is best, Output (a) or Output (b)?"""
-NEUTRAL = " Length is no merit: do not prefer an output for being longer or shorter, judge only what it says."
+NEUTRAL = (" Length is no merit: do not prefer an output for being longer or shorter, judge only "
+           "what it says.")
 VERDICTS = {"output (a)": 1, "output (b)": 2, "draw": 1.5}
 
 
-# ---------------------------------------------------------------- statistics
+@dataclass(frozen=True)
+class JudgeConfig:
+    outputs: str = "out/ppo/outputs.jsonl"      # ours
+    reference: str = "data/alpacafarm/eval.jsonl"  # the model to beat; paired by instruction, input
+    out: str = "out/ppo/annotations.jsonl"
+    judge: Literal["claude", "gold", "reward_model"] = "claude"  # gold: the toy world's flaw count
+    orders: int = 2                             # 2: both orders of each pair; 1: a random one
+    prompt: Literal["plain", "length_neutral"] = "plain"
+    model: str = "claude-sonnet-4-6"            # claude: its API has no temperature any more
+    max_tokens: int = 1024                      # claude: of a reply; room for models that think
+    concurrency: int = 16                       # claude: requests in flight
+    batch_api: bool = False                     # claude: half the price, within a day
+    dry_run: bool = False                       # claude: show the cost and a prompt, ask nothing
+    reward_model: str | None = None             # reward_model: its folder
+    micro_batch: int = 16                       # reward_model: answers per forward and rank
+    seed: int = 0                               # orders=1: which order
+    overwrite: bool = False
 
-def mean_and_error(x):
-    """Mean and its standard error sd(ddof=1) / sqrt(n); None where there is none"""
-    mean = statistics.fmean(x) if x else None
-    return mean, statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
-
-
-def points(preference):
-    """1 (the reference won) .. 2 (ours won) -> 0 .. 100; 0 is a draw, like 1.5"""
-    return 50.0 if preference == 0 else 100 * (preference - 1)
-
-
-def win_rate(preferences):
-    """preferences: in [1, 2], above 1.5 ours won; 1.5 or 0 a draw; None not counted -> percent, its error, counts"""
-    p = [points(x) for x in preferences if x is not None]
-    if not all(0 <= x <= 100 for x in p):
-        raise ValueError("a preference is 1, 2, between them, 0 or None")
-    rate, error = mean_and_error(p)
-    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 50 for x in p), n_wins_base=sum(x < 50 for x in p),
-                n_draws=sum(x == 50 for x in p), n_total=len(p))
-
-
-def paired(a, b, *, resamples=10_000, seed=0):
-    """Win rate of a minus that of b on the same questions, in points. The bootstrap draws questions.
-
-    a, b: preferences as in win_rate; what is None in either is left out. low, high: 95%. p_value: two-sided."""
-    d = [points(x) - points(y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    difference, error = mean_and_error(d)
-    found = dict(difference=difference, standard_error=error, low=None, high=None, p_value=None, n_total=len(d))
-    if len(d) < 2:
-        return found
-    d, draw = torch.tensor(d, dtype=torch.float64), torch.Generator().manual_seed(seed)
-    means = torch.cat([d[torch.randint(len(d), (min(500, resamples - i), len(d)), generator=draw)].mean(1)
-                       for i in range(0, resamples, 500)])
-    found["low"], found["high"] = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
-    return found | dict(p_value=min(1.0, 2 * max(1, tail) / resamples))
-
-
-def tell(figures, indent=""):
-    """Figures for people, every digit of them, one a line; a list of groups has one group a line"""
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            say(f"{indent}{name}")
-            tell(value, indent + "  ")
-        elif isinstance(value, list):
-            for group in value:
-                parts = (f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in group.items())
-                say(f"{indent}{name:<18}{'  '.join(parts)}")
-        else:
-            say(f"{indent}{name:<18}{'-' if value is None else value}")
-
-
-# ---------------------------------------------------------------- decode
-
-def decode(cfg):
-    from extras.checks import check_fits, check_input, check_model
-    from extras.runs import begin, finish, logged, progress, record_of
-    check_model(cfg.model, "model", "python ppo.py (or sft.py)")
-    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1 or cfg.batch < 1 or cfg.response_len < 1:
-        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at least 1")
-    if Path(cfg.out).suffix != ".jsonl":
-        fail(f"--out must be a .jsonl file, got {cfg.out}")
-    rows, tokenizer = read_jsonl(cfg.data, {"instruction": str}), load_tokenizer(cfg.model)
-    prompts = [encode_prompt(tokenizer, row) for row in rows]
-    check_fits(cfg.model, "model", max(map(len, prompts)) + cfg.response_len, speaks=True)
-    anew = cfg.overwrite or not record_of(cfg.out)
-    if begin(cfg, inputs=[cfg.data, cfg.model], rows=len(rows)):
-        return say(f"{cfg.out} is finished; nothing to do")
-    device, mesh, dtype = setup(cfg.dtype)
-
-    # ---------------------------------------------------------------- fixed groups, whatever the ranks: a file for each
-    order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))  # the longest first: memory ends now or never
-    groups = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
-    parts = [Path(f"{cfg.out}.parts", f"{number}.jsonl") for number in range(len(groups))]
-    if anew and RANK == 0:
-        shutil.rmtree(parts[0].parent, ignore_errors=True)
-    barrier()
-    mine = list(zip(groups, parts))[RANK::WORLD]
-    todo = [(group, part) for group, part in mine if not part.exists()]  # the others a killed run has left, whole
-    model = load_model(cfg.model, device, mesh, dtype, frozen=True)
-    with unsharded(model):
-        for group, part in progress(todo, "decode", len(mine)):
-            prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
-            uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
-            ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len, uniforms=uniforms,
-                                 eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, top_p=cfg.top_p)  # [B, T]
-            answers = [row[:length] for row, length in zip(ids.tolist(), mask.sum(1).tolist())]
-            write_jsonl(part, [dict(row=i, output=decode_response(tokenizer, answer))
-                               | ({} if answer[-1] == tokenizer.eos_token_id else {"cut": ["output"]})
-                               for i, answer in zip(group, answers)])
-    barrier()
-    if RANK == 0:
-        done = {row.pop("row"): row for part in parts for row in logged(part)}
-        name = cfg.generator or Path(cfg.model).resolve().name
-        rows = [row | {"input": row.get("input") or "", "generator": name} for row in rows]
-        write_jsonl(cfg.out, [{k: v for k, v in row.items() if k != "cut"} | done[i] for i, row in enumerate(rows)])
-        finish(cfg)
-        shutil.rmtree(parts[0].parent)
-        cut = sum("cut" in row for row in done.values())
-        say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
-
-
-# ---------------------------------------------------------------- judge
 
 def matched(path_1, path_2, key, kinds):
-    """The rows of two files about the same question, side by side; a question's k-th row goes with the other's k-th"""
-    def by_question(path):
-        found = defaultdict(list)
-        for row in read_jsonl(path, {"instruction": str} | kinds):
-            found[tuple(str(row.get(name) or "") for name in key)].append(row)
-        return found
+    """The rows of two files about the same question, side by side; duplicates are matched in order"""
+    rows_1 = by_question(path_1, key, kinds)
+    rows_2 = by_question(path_2, key, kinds)
+    fail_if_missing(rows_1, rows_2, path_1, path_2, key)
+    fail_if_missing(rows_2, rows_1, path_2, path_1, key)
+    pairs = []
+    for question in rows_1:
+        pairs += zip(rows_1[question], rows_2[question])
+    return pairs
 
-    rows_1, rows_2 = by_question(path_1), by_question(path_2)
-    for here, there, path, other in ((rows_1, rows_2, path_1, path_2), (rows_2, rows_1, path_2, path_1)):
-        alone = Counter({q: len(here[q]) for q in here}) - Counter({q: len(there[q]) for q in list(there)})
-        if alone:
-            fail(f"{other} lacks {alone.total()} of the rows of {path}, the first about {next(iter(alone))[0][:60]!r}; "
-                 f"both must hold the same questions ({', '.join(key)})")
-    return [pair for question in rows_1 for pair in zip(rows_1[question], rows_2[question])]
+
+def by_question(path, key, kinds):
+    """question (a tuple of the fields in key) -> its rows"""
+    found = defaultdict(list)
+    for row in read_jsonl(path, {"instruction": str} | kinds):
+        found[tuple(str(row.get(name) or "") for name in key)].append(row)
+    return found
+
+
+def fail_if_missing(rows, others, path, other_path, key):
+    """fail() unless every row of `path` has a partner in `other_path`"""
+    missing = Counter({question: len(rows[question]) for question in rows})
+    missing -= Counter({question: len(others[question]) for question in list(others)})
+    if missing:
+        first = next(iter(missing))[0]
+        fail(f"{other_path} lacks {missing.total()} of the rows of {path}, the first about "
+             f"{first[:60]!r}; both must hold the same questions ({', '.join(key)})")
+
+
+def orders_of(cfg, pair, i):
+    """Which outputs of the i-th pair are shown first, one per request: [1, 2], or a random one.
+    Equal outputs are a draw, and nobody is asked: []"""
+    theirs, ours = pair
+    if theirs["output"] == ours["output"]:
+        return []
+    if cfg.orders == 2:
+        return [1, 2]
+    return [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
+
+
+def build_request(cfg, pair, first):
+    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
+    row = pair[0]
+    shown = dict(instruction=row["instruction"], input=row.get("input") or "",
+                 first=pair[first - 1]["output"], second=pair[2 - first]["output"], neutral="")
+    if cfg.prompt == "length_neutral":
+        shown["neutral"] = NEUTRAL
+    template = JUDGE_PROMPT
+    if not shown["input"]:
+        template = template.replace("## Input:\n{input}\n\n", "")
+    text = whole_characters(re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template))
+    return dict(model=cfg.model, max_tokens=cfg.max_tokens,
+                messages=[{"role": "user", "content": text}])
+
+
+def ask_once(client, request):
+    """One request to Claude -> Reply, with the reason where no reply came"""
+    import anthropic
+    try:
+        return claude.read_message(client.messages.create(**request))
+    except (anthropic.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return claude.read_error(error)
 
 
 def parse_verdict(reply):
-    """1: the answer shown first, 2: the second, 1.5: a draw; None: the reply says neither, or more than that"""
-    return VERDICTS.get(reply.strip().strip("*").rstrip(".").lower()) if isinstance(reply, str) else None
+    """1: the answer shown first, 2: the second, 1.5: a draw; None: the reply says something else"""
+    if not isinstance(reply, str):
+        return None
+    return VERDICTS.get(reply.strip().strip("*").rstrip(".").lower())
 
 
 def preference(verdicts, shown_first):
-    """A pair's verdicts, and which output stood first in each -> 1, 2, or between them; None if one cannot be read"""
+    """A pair's verdicts, and which output stood first in each -> 1, 2, or between them; None if a
+    verdict cannot be read"""
     parsed = [parse_verdict(reply) for reply in verdicts]
     if None in parsed:
         return None
-    mean = statistics.fmean(p if first == 1 else 3 - p for p, first in zip(parsed, shown_first)) if parsed else 1.5
+    if not parsed:
+        return 1.5
+    mean = statistics.fmean(p if first == 1 else 3 - p for p, first in zip(parsed, shown_first))
     return int(mean) if mean in (1, 2) else mean
 
 
-def judge_request(cfg, pair, first):
-    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
-    shown = dict(instruction=pair[0]["instruction"], input=pair[0].get("input") or "", first=pair[first - 1]["output"],
-                 second=pair[2 - first]["output"], neutral=NEUTRAL if cfg.prompt == "length_neutral" else "")
-    template = JUDGE_PROMPT if shown["input"] else JUDGE_PROMPT.replace("## Input:\n{input}\n\n", "")
-    text = whole_characters(re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template))
-    return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[{"role": "user", "content": text}])
+def verdict_of(scores, first):
+    """The verdict of a judge that scores each answer separately, in a pair shown in this order"""
+    shown_first = scores[first - 1]
+    shown_second = scores[2 - first]
+    if shown_first == shown_second:
+        return "Draw"
+    return "Output (a)" if shown_first > shown_second else "Output (b)"
 
 
-def judge(cfg):
-    from extras.checks import check_fits, check_input, check_model, check_numbers
-    from extras.runs import begin, finish, logged
+def check_judge(cfg):
+    """What can be wrong before anybody is asked"""
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
-    check_input(cfg.reference, "reference", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    check_input(cfg.reference, "reference",
+                "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     check_numbers(cfg, "concurrency", "max_tokens", "micro_batch")
     if cfg.orders not in (1, 2) or Path(cfg.out).suffix != ".jsonl":
         fail(f"--orders must be 1 or 2, --out a .jsonl file; got {cfg.orders} and {cfg.out}")
     if WORLD > 1 and cfg.judge != "reward_model":
         fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
-    pairs = matched(cfg.reference, cfg.outputs, ("instruction", "input"), {"output": str})  # (theirs, ours)
-    orders = [[] if theirs["output"] == ours["output"] else  # the same twice: a draw, nobody is asked
-              [1, 2] if cfg.orders == 2 else [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
-              for i, (theirs, ours) in enumerate(pairs)]
-    cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]  # a pair, and the output shown as (a)
+
+
+def judge(cfg):
+    check_judge(cfg)
+    pairs = matched(cfg.reference, cfg.outputs, ("instruction", "input"), {"output": str})
+    orders = [orders_of(cfg, pair, i) for i, pair in enumerate(pairs)]
+    cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]
     if cfg.dry_run:
-        from extras.claude_plan import show_plan
-        if cfg.judge != "claude":
-            return say(f"--judge={cfg.judge} asks no service: nothing to price")
-        requests = [judge_request(cfg, pairs[i], first) for i, first in cases]
-        plan = dict(requests=requests, answers=["Output (a)"] * len(requests), batch=cfg.batch_api)
-        return show_plan(**plan) if requests else say("no two answers differ: nothing would be asked")
-    scores, errors = None, {}
-    if cfg.judge == "gold":
-        from data.toy.prepare import gold
-        scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)] for theirs, ours in pairs]
+        return dry_run(cfg, pairs, cases)
     if cfg.judge == "reward_model":
-        check_model(cfg.reward_model or fail("--judge=reward_model needs --reward_model=FOLDER"), "reward_model",
-                    "python reward_model.py")
-        level, tokenizer = reward_level(cfg.reward_model), load_tokenizer(cfg.reward_model)
-        prompts = [encode_prompt(tokenizer, row) for pair in pairs for row in pair]
-        answers = [encode_response(tokenizer, row["output"], eos="output" not in (row.get("cut") or []))
-                   or [tokenizer.eos_token_id] for pair in pairs for row in pair]
-        check_fits(cfg.reward_model, "reward_model", max(len(p) + len(a) for p, a in zip(prompts, answers)))
+        level, prompts, answers = encode_pairs(cfg, pairs)
+
     free = ("concurrency", "batch_api", "dry_run", "micro_batch")
-    finished = begin(cfg, free=free, inputs=[cfg.outputs, cfg.reference])
+    inputs = [cfg.outputs, cfg.reference]
+    finished = begin(cfg, "evaluate", free=free, inputs=inputs, paid=True)
     if finished and not any(row["preference"] is None for row in logged(cfg.out)):
         return say(f"{cfg.out} is finished; nothing to do")
 
-    # ---------------------------------------------------------------- replies[case]: "Output (a)", from whomever
+    # ---- replies[case]: "Output (a)", ..., whichever judge is used
+    scores = None
+    errors = {}
     if cfg.judge == "claude":
-        from extras.claude_judge import ask_judge
-        replies, errors = ask_judge(cfg, {(i, first): judge_request(cfg, pairs[i], first) for i, first in cases})
-    elif cfg.judge == "reward_model":
-        from extras.held_out import score
-        R = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")[0]            # all ranks
-        scores = [R[i:i + 2] for i in range(0, len(R), 2)]
-    if scores:  # who scores each answer alone sees no order
-        replies = {(i, first): "Draw" if scores[i][0] == scores[i][1] else
-                   "Output (a)" if scores[i][first - 1] > scores[i][2 - first] else "Output (b)" for i, first in cases}
+        requests = {(i, first): build_request(cfg, pairs[i], first) for i, first in cases}
+        replies, errors = ask_judge(cfg, requests)
+        annotator = cfg.model
+    else:
+        if cfg.judge == "gold":
+            from data.toy.prepare import gold
+            scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)]
+                      for theirs, ours in pairs]
+            annotator = "gold"
+        else:
+            R, _ = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")
+            scores = [R[i:i + 2] for i in range(0, len(R), 2)]
+            annotator = cfg.reward_model
+        replies = {(i, first): verdict_of(scores[i], first) for i, first in cases}
 
-    # ---------------------------------------------------------------- one row per pair
+    # ---- one row per pair
     if RANK == 0:
-        rows, annotator = [], {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}[cfg.judge]
-        for i, ((theirs, ours), firsts) in enumerate(zip(pairs, orders)):
-            verdicts = [replies.get((i, first)) for first in firsts]
-            why = "; ".join(errors[i, first] for first in firsts if (i, first) in errors)
-            rows.append({k: v for k, v in theirs.items() if k not in ("output", "generator", "cut")} | dict(
-                input=theirs.get("input") or "",
-                output_1=theirs["output"], generator_1=theirs.get("generator") or Path(cfg.reference).stem,
-                output_2=ours["output"], generator_2=ours.get("generator") or Path(cfg.outputs).stem,
-                annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts, shown_first=firsts,
-                **({"scores": scores[i]} if scores else {}), **({"error": why} if why else {})))
+        rows = []
+        for i, (pair, firsts) in enumerate(zip(pairs, orders)):
+            row = annotation(cfg, pair, annotator, [replies.get((i, first)) for first in firsts],
+                             firsts)
+            if scores:
+                row["scores"] = scores[i]
+            reasons = [errors[i, first] for first in firsts if (i, first) in errors]
+            if reasons:
+                row["error"] = "; ".join(reasons)
+            rows.append(row)
         write_jsonl(cfg.out, rows)
         preferences = [row["preference"] for row in rows]
         tell({cfg.out: win_rate(preferences) | {"n_unparsed": preferences.count(None)}})
-        for rest in (".replies", ".batches"):
-            Path(cfg.out + rest).unlink(missing_ok=True)
+        for suffix in (".replies", ".batches"):
+            Path(cfg.out + suffix).unlink(missing_ok=True)
     finish(cfg)
+
+
+def dry_run(cfg, pairs, cases):
+    """The cost of Claude's verdicts, before anything is asked"""
+    if cfg.judge != "claude":
+        return say(f"--judge={cfg.judge} does not call Claude, so there is no cost")
+    if not cases:
+        return say("no two answers differ: nothing would be asked")
+    requests = [build_request(cfg, pairs[i], first) for i, first in cases]
+    claude.show_price(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api)
+
+
+def annotation(cfg, pair, annotator, verdicts, firsts):
+    """A row of annotations.jsonl"""
+    theirs, ours = pair
+    row = {field: value for field, value in theirs.items()
+           if field not in ("output", "generator", "cut")}
+    return row | dict(
+        input=theirs.get("input") or "",
+        output_1=theirs["output"], generator_1=theirs.get("generator") or Path(cfg.reference).stem,
+        output_2=ours["output"], generator_2=ours.get("generator") or Path(cfg.outputs).stem,
+        annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts,
+        shown_first=firsts)
+
+
+def ask_judge(cfg, requests):
+    """requests: (pair, output shown first) -> arguments of messages.create. -> replies and errors
+    by the same keys.
+
+    Each reply is written to <out>.replies at once, so a run that was killed asks only for what is
+    missing. A verdict that cannot be read is asked for up to three times, and again by the next
+    run."""
+    log = Path(f"{cfg.out}.replies")
+    ledger = Path(f"{cfg.out}.batches")
+    if cfg.overwrite:
+        log.unlink(missing_ok=True)
+        ledger.unlink(missing_ok=True)
+    if not cfg.batch_api and claude.under_way(ledger):
+        fail(f"{cfg.out}: some pairs are already submitted (and paid for) as a batch; continue "
+             f"with --batch_api=true (or remove {ledger})")
+
+    # What an earlier run was told, without a line that a kill has torn.
+    kept = logged(log)
+    if not kept:
+        for i, row in enumerate(logged(cfg.out)):
+            for first, reply in zip(row["shown_first"], row["verdicts"]):
+                kept.append(dict(case=[i, first], reply=reply))
+    write_jsonl(log, kept)
+    replies = {tuple(row["case"]): row["reply"] for row in kept}
+    errors = {}
+    usage = Counter(input_tokens=0, output_tokens=0)
+    cases = {f"{i}-{first}": (i, first) for i, first in requests}  # keys as the API takes them
+
+    def build(key, attempt):
+        return requests[cases[key]]
+
+    def ask(asked, attempt):
+        batches = ledger if cfg.batch_api else None
+        return claude.ask_claude(asked, ask_once, stop, concurrency=cfg.concurrency,
+                                 batches=batches)
+
+    def take(key, reply):
+        case = cases[key]
+        replies[case] = reply.text
+        usage.update(reply.usage or {})
+        file.write(json.dumps(dict(case=case, reply=reply.text)) + "\n")
+        file.flush()
+        if parse_verdict(reply.text) is not None:
+            errors.pop(case, None)
+            return False, ""
+        errors[case] = reply.error or f"no verdict ({reply.stop_reason})"
+        final = reply.stop_reason == "refusal" or (reply.error and not reply.again)
+        return not final, ""
+
+    todo = [key for key, case in cases.items() if parse_verdict(replies.get(case)) is None]
+    with claude.stopping() as stop, open(log, "a", encoding="utf-8") as file:
+        claude.ask_until_read(todo, build, ask, take, stop, attempts=3, name="judge",
+                              count=len(requests))
+    if stop.is_set():
+        say(f"stopped; the replies are in {log}, the same command continues")
+        raise SystemExit(130)
+    cost = claude.dollars(cfg.model, usage, cfg.batch_api)
+    cost = "unknown" if cost is None else f"{cost:.2f}"
+    say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, {cost} dollars")
+    return replies, errors
+
+
+def encode_pairs(cfg, pairs):
+    """--judge=reward_model -> its level; prompts and answers as lists of ids, two per pair"""
+    if not cfg.reward_model:
+        fail("--judge=reward_model needs --reward_model=FOLDER")
+    check_model(cfg.reward_model, "reward_model", "python reward_model.py")
+    level = reward_level(cfg.reward_model)
+    tokenizer = load_tokenizer(cfg.reward_model)
+    prompts = []
+    answers = []
+    for row in [row for pair in pairs for row in pair]:
+        prompts.append(encode_prompt(tokenizer, row))
+        complete = "output" not in (row.get("cut") or [])
+        ids = encode_response(tokenizer, row["output"], eos=complete)
+        answers.append(ids or [tokenizer.eos_token_id])
+    longest = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, answers))
+    check_fits(cfg.reward_model, "reward_model", longest)
+    return level, prompts, answers
 
 
 # ---------------------------------------------------------------- winrate
 
+@dataclass(frozen=True)
+class WinrateConfig:
+    data: list[str] = ()                        # one or two files of annotations
+    json: bool = False
+    resamples: int = 10_000                     # of the paired bootstrap
+    seed: int = 0                               # its draws
+
+
 def read_annotations(path):
     number = (int, float, type(None))
-    rows = read_jsonl(path, {"instruction": str, "output_1": str, "output_2": str, "preference": number})
+    fields = {"instruction": str, "output_1": str, "output_2": str, "preference": number}
+    rows = read_jsonl(path, fields)
     for row in rows:
         if not (row["preference"] in (None, 0) or 1 <= row["preference"] <= 2):
-            fail(f"{path}: preference must be 1, 2, between them, 0 or null, got {row['preference']} at "
-                 f"{row['instruction'][:60]!r}")
+            fail(f"{path}: preference must be 1, 2, between them, 0 or null, got "
+                 f"{row['preference']} at {row['instruction'][:60]!r}")
     return rows
 
 
 def summary(rows):
-    """All that `winrate` says of one file"""
+    """The figures that `winrate` gives of one file"""
     verdicts = [[parse_verdict(reply) for reply in row.get("verdicts") or []] for row in rows]
-    both = [pair for pair in verdicts if len(pair) == 2 and set(pair) <= {1, 2}]
-    picks = [100 * (verdict == 1) for pair in verdicts for verdict in pair if verdict in (1, 2)]
-    def longer(row):
-        return len(row["output_2"]) - len(row["output_1"])
-    scored = sorted((row for row in rows if row["preference"] is not None), key=longer)
-    thirds = [scored[len(scored) * k // 3:len(scored) * (k + 1) // 3] for k in range(3)]
-    return win_rate(row["preference"] for row in rows) | dict(
+    flips = []   # of pairs seen in both orders: did the place win, and not the answer?
+    firsts = []  # of verdicts: is it for the answer shown as (a)?
+    for pair in verdicts:
+        if len(pair) == 2 and set(pair) <= {1, 2}:
+            flips.append(100 * (pair[0] == pair[1]))
+        firsts += [100 * (verdict == 1) for verdict in pair if verdict in (1, 2)]
+
+    scored = [row for row in rows if row["preference"] is not None]
+    figures = win_rate(row["preference"] for row in rows)
+    return figures | dict(
         n_unparsed=len(rows) - len(scored),
-        order_flips=mean_and_error([100 * (a == b) for a, b in both])[0],   # %: of pairs seen both ways, the place won
-        first_position=mean_and_error(picks)[0],                            # %: of verdicts, those for (a); 50 is fair
-        length_1=statistics.fmean(len(row["output_1"]) for row in rows),    # characters, of the reference
-        length_2=statistics.fmean(len(row["output_2"]) for row in rows),    # of ours
-        by_length=[dict(ours_longer_by=f"{longer(third[0])} to {longer(third[-1])}",
-                        **win_rate(row["preference"] for row in third)) for third in thirds if third])
+        order_flips=mean_and_error(flips)[0],       # percent
+        first_position=mean_and_error(firsts)[0],   # percent; 50 is fair
+        length_1=statistics.fmean(len(row["output_1"]) for row in rows),  # characters, reference
+        length_2=statistics.fmean(len(row["output_2"]) for row in rows),  # ours
+        by_length=by_length(scored))
+
+
+def longer_by(row):
+    """How many characters longer ours is than the reference's answer"""
+    return len(row["output_2"]) - len(row["output_1"])
+
+
+def by_length(rows):
+    """The win rate in three thirds of the pairs, by how much longer ours is"""
+    rows = sorted(rows, key=longer_by)
+    thirds = [rows[len(rows) * k // 3:len(rows) * (k + 1) // 3] for k in range(3)]
+    found = []
+    for third in filter(None, thirds):
+        difference = f"{longer_by(third[0])} to {longer_by(third[-1])}"
+        found.append(dict(ours_longer_by=difference)
+                     | win_rate(row["preference"] for row in third))
+    return found
 
 
 def winrate(cfg):
-    from extras.checks import check_input, check_numbers
     check_numbers(cfg, "resamples")
     if len(cfg.data) not in (1, 2):
-        fail("winrate needs one or two files of annotations: python evaluate.py winrate out/ppo/annotations.jsonl")
+        fail("winrate needs one or two files of annotations: python evaluate.py winrate "
+             "out/ppo/annotations.jsonl")
     for path in cfg.data:
         check_input(path, "data", "python evaluate.py judge")
     figures = {path: summary(read_annotations(path)) for path in cfg.data}
     if len(cfg.data) == 2:
-        pairs = matched(*cfg.data, ("instruction", "input", "output_1"), {"output_1": str})
-        both = ([row["preference"] for row in side] for side in zip(*pairs))
-        figures["first minus second, paired"] = paired(*both, resamples=cfg.resamples, seed=cfg.seed)
-    say(json.dumps(figures if len(cfg.data) == 2 else figures[cfg.data[0]], indent=1)) if cfg.json else tell(figures)
+        key = ("instruction", "input", "output_1")
+        pairs = matched(*cfg.data, key, {"output_1": str})
+        first = [one["preference"] for one, _ in pairs]
+        second = [two["preference"] for _, two in pairs]
+        figures["first minus second, paired"] = paired(first, second, resamples=cfg.resamples,
+                                                       seed=cfg.seed)
+    if cfg.json:
+        shown = figures if len(cfg.data) == 2 else figures[cfg.data[0]]
+        say(json.dumps(shown, indent=1))
+    else:
+        tell(figures)
 
 
-# ---------------------------------------------------------------- rewards, report: beside the story
+# ---------------------------------------------------------------- best
+
+@dataclass(frozen=True)
+class BestConfig:
+    data: list[str] = ()                        # run folders
+
+
+def best(cfg):
+    """Print "run model" for each run: the model that wins most often on the questions it is to be
+    chosen on (val_annotations.jsonl, never eval's); of equals the earliest. Win rates go to stderr."""
+    if not cfg.data:
+        fail("best needs run folders: python evaluate.py best out/ppo")
+    for run in map(Path, cfg.data):
+        check_input(run, "data", "python ppo.py")
+        kept = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit()]
+        models = sorted(kept, key=lambda folder: int(folder.name[5:])) + [run]
+        rates = {}
+        for model in models:
+            file = model / "val_annotations.jsonl"
+            if file.exists():
+                figures = win_rate(row["preference"] for row in read_annotations(file))
+                if figures["n_total"]:
+                    rates[model] = figures["win_rate"]
+                    error = figures["standard_error"] or 0
+                    print(f"{model}: {rates[model]:.1f} ± {error:.1f}", file=sys.stderr)
+        if not rates:
+            fail(f"{run} holds no val_annotations.jsonl with a verdict in it; make one with: "
+                 "python evaluate.py judge")
+        print(run.name, max(rates, key=rates.get))
+
+
+# ---------------------------------------------------------------- rewards
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    reward_model: str = "out/rm"
+    data: list[str] = ()                        # held-out preferences, or edits (original, edited)
+    out: str | None = None                      # the report reads <reward model>/rewards.json
+    json: bool = False
+    max_tokens: int = 512                       # prompt + answer; longer pairs are dropped
+    micro_batch: int = 16                       # answers per forward and rank
+    resamples: int = 200                        # of the pairs, for an AUROC's standard error
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0                               # their draws
+    overwrite: bool = False
+    allow_changed_code: bool = False            # continue although evaluate.py or common.py changed
+
+
+def read_held_out(path, tokenizer, max_tokens):
+    """A file of preferences or edits -> data, kind, pairs (row, prompt, better answer, worse
+    answer), what was dropped"""
+    kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
+    if kind == "edits":
+        fields = {"original": str, "edited": (str, type(None))}
+    else:
+        fields = {"output_1": str, "output_2": str, "preference": (1, 2)}
+
+    pairs = []
+    dropped = Counter()
+    for row in read_jsonl(path, {"instruction": str} | fields):
+        if kind == "edits":
+            w, l = "edited", "original"
+        elif row["preference"] == 1:
+            w, l = "output_1", "output_2"
+        else:
+            w, l = "output_2", "output_1"
+        if row[w] is None:
+            dropped["failed edit"] += 1
+            continue
+        if row[w] == row[l]:
+            dropped["identical"] += 1
+            continue
+        cut = row.get("cut") or []
+        prompt = encode_prompt(tokenizer, row)
+        better = encode_response(tokenizer, row[w], eos=w not in cut)
+        worse = encode_response(tokenizer, row[l], eos=l not in cut)
+        if better and worse and len(prompt) + max(len(better), len(worse)) <= max_tokens:
+            pairs.append((row, prompt, better, worse))
+        else:
+            dropped["empty or too long"] += 1
+    dropped = dict(dropped)
+    if not pairs:
+        fail(f"{path}: no pair is left; dropped: {dropped}")
+    return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
+
+
+@torch.no_grad()
+def score(path, level, prompts, responses, micro_batch, dtype):
+    """A reward model's R of each response, and its r_t (lists). A sequence model has no token
+    rewards; in their place are the differences between consecutive prefix scores. All ranks."""
+    device, mesh, dtype = setup(dtype)
+    model = load_model(path, device, mesh, dtype, head="saved", frozen=True)
+    n = len(responses)
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, responses)]
+    R = torch.zeros(n, device=device)
+    r = torch.zeros(n, max(map(len, responses)), device=device)
+    for part in deal(range(n), lengths, micro_batch):
+        rows = part or [0]  # nothing left for this rank: a dummy row, the forward is collective
+        packed = pack([prompts[i] for i in rows], [responses[i] for i in rows], device)
+        heads = token_heads(model, *packed)                                         # [B, T]
+        part_R = total_rewards(heads, packed[2], level)                             # [B]
+        if level == "sequence":
+            heads = heads - token_heads(model, *packed, before=True)                # all ranks
+        if part:
+            R[part] = part_R
+            r[part, :heads.shape[1]] = heads
+    R = total(R).tolist()  # each rank filled only its own rows, so the sum collects them
+    r = total(r).tolist()
+    return R, [row[:len(ids)] for row, ids in zip(r, responses)]
+
+
+def pair_figures(pairs, R_w, R_l):
+    """Accuracy (a tie is half), margin and calibration, next to the rule "the longer answer wins".
+    pairs: (row, prompt, w, l); R: rewards of their better and worse answers"""
+    margins = [w - l for w, l in zip(R_w, R_l)]
+    accuracy, error = mean_and_error([100 * half_if_tied(w, l) for w, l in zip(R_w, R_l)])
+    margin, margin_error = mean_and_error(margins)
+    longer, longer_error = mean_and_error(
+        [100 * half_if_tied(len(w), len(l)) for _, _, w, l in pairs])
+    return dict(n=len(pairs), accuracy=accuracy, standard_error=error, margin=margin,
+                margin_error=margin_error, longer_wins=longer, longer_wins_error=longer_error,
+                calibration=calibration(margins))
+
+
+def half_if_tied(w, l):
+    return (w > l) + 0.5 * (w == l)
+
+
+def calibration(margins, bins=10):
+    """Does sigma(R_w - R_l) mean what it says? Pairs by the model's confidence in the side it finds
+    likelier, 0.5 to 1 -> expected calibration error, bins"""
+    filled = defaultdict(list)
+    for margin in margins:
+        confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
+        number = min(int((confidence - 0.5) * 2 * bins), bins - 1)
+        filled[number].append((confidence, half_if_tied(margin, 0)))
+
+    found = []
+    ece = 0.0
+    for _, pairs in sorted(filled.items()):
+        confidence = statistics.fmean(c for c, _ in pairs)
+        accuracy = statistics.fmean(a for _, a in pairs)
+        found.append(dict(confidence=confidence, accuracy=accuracy, n=len(pairs)))
+        ece += len(pairs) * abs(confidence - accuracy)
+    return dict(ece=ece / max(1, len(margins)), bins=found)
+
+
+def check_rewards(cfg):
+    """What can be wrong before the model is loaded -> level, tokenizer, the held-out files"""
+    check_model(cfg.reward_model, "reward_model", "python reward_model.py")
+    if not cfg.data:
+        fail("rewards needs held-out files: evaluate.py rewards data/toy/pref_heldout.jsonl")
+    for path in cfg.data:
+        check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
+    check_numbers(cfg, "max_tokens", "micro_batch", "resamples")
+    if cfg.out and Path(cfg.out).suffix != ".json":
+        fail(f"--out={cfg.out} must end in .json; the report reads {cfg.reward_model}/rewards.json")
+    level = reward_level(cfg.reward_model)
+    tokenizer = load_tokenizer(cfg.reward_model)
+    files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
+    pairs = [pair for file in files for pair in file["pairs"]]
+    longest = max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs)
+    check_fits(cfg.reward_model, "reward_model", longest)
+    return level, tokenizer, files
+
 
 def rewards(cfg):
-    from extras.held_out import write_rewards
-    write_rewards(cfg)
+    level, tokenizer, files = check_rewards(cfg)
+    inputs = [*cfg.data, cfg.reward_model]
+    if cfg.out and begin(cfg, "evaluate", free=("micro_batch", "json"), inputs=inputs):
+        return say(f"{cfg.out} is finished; nothing to do")
+
+    # ---- R and r_t of the better answers, then of the worse ones
+    pairs = [pair for file in files for pair in file["pairs"]]
+    prompts = [prompt for _, prompt, _, _ in pairs]
+    answers = [w for _, _, w, _ in pairs] + [l for _, _, _, l in pairs]
+    R, r = score(cfg.reward_model, level, prompts * 2, answers, cfg.micro_batch, cfg.dtype)
+
+    # ---- the figures of each file
+    found = []
+    start = 0
+    for file in files:
+        stop = start + len(file["pairs"])
+        w = slice(start, stop)
+        l = slice(len(pairs) + start, len(pairs) + stop)
+        figures = dict(reward_model=cfg.reward_model, level=level, data=file["data"],
+                       kind=file["kind"], dropped=file["dropped"])
+        figures |= pair_figures(file["pairs"], R[w], R[l])
+        if file["kind"] == "edits":
+            figures["edited_wins"] = 100.0  # by construction: with edits, the order alone tells
+            figures |= token_figures(cfg, file["pairs"], r[w], r[l], tokenizer)
+        found.append(figures)
+        start = stop
+    if cfg.out and RANK == 0:
+        with replacing(cfg.out) as file:
+            json.dump(found, file, indent=1)
+        finish(cfg)
+    if cfg.json:
+        say(json.dumps(found, indent=1))
+    else:
+        tell({figures["data"]: figures for figures in found})
+
+
+def token_figures(cfg, pairs, r_w, r_l, tokenizer):
+    """{"tokens": ...}: does r_t find what was changed? {} where extras/ was deleted"""
+    if not Path(__file__).with_name("extras").exists():
+        say("accuracy and calibration only: the figures of single tokens need the folder extras/")
+        return {}
+    tokens = extra("report.rewards", "the token figures").token_figures(
+        pairs, r_w, r_l, tokenizer, resamples=cfg.resamples, seed=cfg.seed)
+    return {"tokens": tokens}
+
+
+# ---------------------------------------------------------------- report
+
+@dataclass(frozen=True)
+class ReportConfig:
+    data: list[str] = ()                        # run folders, or folders that hold them, one a seed
+    out: str = "out/report.html"                # report.md, the tables alone, is written next to it
+    target: float | None = None                 # Table 3: also steps and hours to this win rate (%)
+    markdown: bool = False                      # print the tables as Markdown, not as text
+    seed: int = 0                               # the bootstrap's draws
+    overwrite: bool = False                     # replace a file that is no report of ours
 
 
 def report(cfg):
-    from extras.report import write_report
-    write_report(cfg)
+    extra("report.tables", "evaluate.py report").write_report(cfg)
 
 
-WORDS = dict(decode=(decode, DecodeConfig), judge=(judge, JudgeConfig), winrate=(winrate, WinrateConfig),
+# ---------------------------------------------------------------- the command words
+
+WORDS = dict(decode=(decode, DecodeConfig), judge=(judge, JudgeConfig),
+             winrate=(winrate, WinrateConfig), best=(best, BestConfig),
              rewards=(rewards, RewardsConfig), report=(report, ReportConfig))
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in ("--help", "-h"):
         print(__doc__)
     elif word not in WORDS:
-        fail(f"the first word must be one of {', '.join(WORDS)}" + (f", got {word!r}" if word else ""))
+        got = f", got {word!r}" if word else ""
+        fail(f"the first word must be one of {', '.join(WORDS)}{got}")
     else:
         run, Config = WORDS[word]
         run(load_config(Config, f"evaluate.{word}", sys.argv[2:]))

@@ -105,7 +105,7 @@ done
 pay 1
 
 title "the evaluation: of each run the model that did best there"
-BEST=$("$PYTHON" extras/best_step.py "$OUT/sft" "$OUT"/ppo_*/)
+BEST=$("$PYTHON" evaluate.py best "$OUT/sft" "$OUT"/ppo_*/)
 while read -r run model; do
     judged "$run" "$model" "$D/eval.jsonl" "$OUT/$run/"
 done <<< "$BEST"

@@ -21,10 +21,16 @@ from typing import Literal
 
 import torch
 
-from common import (RANK, WORLD, deal, encode_prompt, epoch_order, fail, generate, load_model, load_tokenizer,
-                    optimizer_step, pack, read_jsonl, row_uniforms, rows_at, say, setup, token_heads, token_logprobs,
-                    total, unsharded)
-from reward_model import reward_level, total_rewards
+from common import (decode_response, deal, encode_prompt, epoch_order, generate, last_token, load_model,
+                    load_tokenizer, optimizer_step, pack, reward_level, row_uniforms, rows_at,
+                    setup, token_heads, token_logprobs, token_texts, tokenizer_hash, total_rewards,
+                    unsharded)
+from plumbing import watch
+from plumbing.command_line import extra, load_config
+from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.ranks import RANK, WORLD, fail, say, total
+from plumbing.record import (begin, finish, load_checkpoint, log_metrics, logged, progress,
+                             record_of, save_checkpoint, save_model, save_step, trim_logs)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Config:
     gpu_gb: float = 80.0                    # of one GPU, for the plan
     seed: int = 0                           # order of prompts, every draw
     overwrite: bool = False
+    allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
 
 # ---------------------------------------------------------------- the mathematics: [B, T] tensors, mask True on tokens
@@ -92,7 +99,7 @@ def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, rewa
     fixed_length, a penalty without ended."""
     mask = mask.bool()
     lengths = mask.sum(1)
-    last = torch.arange(mask.shape[1], device=mask.device) == lengths[:, None] - 1                 # [B, T]
+    last = last_token(mask)                                                                        # [B, T]
     if level == "sequence":
         if reward_scale != "sum":
             raise ValueError(f"reward_scale={reward_scale} is for level=token; a sequence reward has one scale")
@@ -253,11 +260,17 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
     return dict(zip(seen, means.tolist())) | dict(first_ratio_error=first, grad_norm=sum(norms) / len(norms))
 
 
+def sample(tokenizer, step, row, ids, r, R):
+    """A response with its token rewards, for samples.jsonl. r [T], R: its rewards"""
+    return dict(step=step, instruction=row["instruction"], input=row.get("input") or "",
+                output=decode_response(tokenizer, ids), tokens=token_texts(tokenizer, ids),
+                token_rewards=r[:len(ids)].tolist(), reward=R.item())
+
+
 # ---------------------------------------------------------------- the stage
 
 def check(cfg):
     """What can be wrong with a run before any model is loaded -> tokenizer, the reward model's level"""
-    from extras.checks import check_fits, check_input, check_model, check_numbers, tokenizer_hash
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -288,12 +301,8 @@ def check(cfg):
 
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model, save_step
-    from extras.runs import begin, finish, log_metrics, logged, progress, record_of, trim_logs
-    from extras import watch  # alarms, samples, wandb, SIGTERM: what is beside the story
     if cfg.plan:
-        from extras.plan import show_plan
-        return show_plan(cfg)
+        return extra("memory.plan", "--plan").show_plan(cfg)
 
     # ---------------------------------------------------------------- inputs
     tokenizer, kind = check(cfg)
@@ -304,7 +313,7 @@ def main(cfg):
         fail(f"{cfg.data}: every prompt is longer than --query_len={cfg.query_len} tokens")
     free = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every", "sample_every", "wandb_project",
             "plan", "gpu_gb")
-    finished = begin(cfg, free=free, inputs=[cfg.policy, cfg.reward_model, cfg.data], prompts=len(prompts))
+    finished = begin(cfg, "ppo", free=free, inputs=[cfg.policy, cfg.reward_model, cfg.data], prompts=len(prompts))
     if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:  # else: more steps than last time
         return say(f"{cfg.out} is finished; nothing to do")
     mirror = watch.mirror(cfg)
@@ -395,7 +404,8 @@ def main(cfg):
             say(f"ALARM at step {step}:", words)
         kl_coef = next_kl_coef
         if step % cfg.sample_every == 0 or step == cfg.steps - 1:
-            watch.samples(cfg, tokenizer, step, batch_rows[:3], responses, r, R)
+            watch.save_samples(cfg.out, [
+                sample(tokenizer, step, *one) for one in zip(batch_rows[:3], responses, r, R)])
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save_step(policy, tokenizer, cfg.out, step + 1, dtype)  # all ranks
         if (step + 1) % cfg.resume_every == 0 or step + 1 == cfg.steps:
@@ -407,5 +417,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
-    main(load_config(Config))
+    main(load_config(Config, "ppo"))

@@ -22,10 +22,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 
-from common import (cosine, deal, encode_prompt, encode_response, fail, load_model, load_tokenizer, optimizer_step,
-                    read_jsonl, rows_at, say, setup, total, upcast)
+from common import (cosine, deal, encode_prompt, encode_response, load_model, load_tokenizer,
+                    mean_rewards, optimizer_step, rows_at, sequence_rewards, setup, tokenizer_hash,
+                    total_rewards, upcast)
+from plumbing.command_line import extra, load_config
+from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.ranks import fail, say, total
+from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, record_of,
+                             save_checkpoint, save_model, trim_logs)
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,10 @@ class Config:
     resume_every: int = 100         # steps between checkpoints
     seed: int = 0                   # order of pairs
     overwrite: bool = False
+    allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
 
 # ---------------------------------------------------------------- the equations
-
-def sequence_rewards(r, response):
-    """The sequence model's R: r at the last real token, [B, T] -> [B]"""
-    last = (response.long().sum(1) - 1).clamp(min=0)
-    return r.gather(1, last[:, None])[:, 0]
-
-
-def mean_rewards(r, response):
-    """R(tau) [1]: the mean of r_t over the real tokens, [B, T] -> [B]"""
-    return r.masked_fill(~response.bool(), 0).sum(1) / response.sum(1).clamp(min=1)
-
-
-def total_rewards(r, response, loss):
-    """R of a model trained with that loss, [B, T] -> [B]"""
-    return sequence_rewards(r, response) if loss == "sequence" else mean_rewards(r, response)
-
 
 def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
     """The three terms inside Eq. 3's sigma, [B] each: u0, u1_w, u1_l; R_w - R_l = u0 + u1_w - u1_l.
@@ -105,8 +95,6 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
     """A diffs or a pref file -> pairs (prompt, w, l, changed_w, changed_l), lists of ids and 0/1; the number of rows.
 
     A pref file has no U_1: its masks are all 1, and Eq. 3 and 4 refuse it. Diffs of another tokenizer are refused."""
-    from extras.checks import tokenizer_hash
-    from extras.runs import record_of
     ids = {name: list for name in ("prompt_ids", "edited_ids", "original_ids", "edited_changed", "original_changed")}
     if "edited_ids" in read_jsonl(path, {})[0]:
         if not record_of(path):
@@ -177,34 +165,20 @@ def score_pairs(model, pairs, device):
 @torch.no_grad()
 def evaluate(model, pairs, cfg, device):
     """-> accuracy (a tie is half), mean margin R_w - R_l and loss over held-out pairs. All ranks."""
+    level = "sequence" if cfg.loss == "sequence" else "token"
     sums, lengths = torch.zeros(3, dtype=torch.float64, device=device), [pair_cost(pair) for pair in pairs]
     for part in deal(range(len(pairs)), lengths, cfg.micro_batch * 2):
         r_w, response_w, _, r_l, response_l, _ = score_pairs(model, [pairs[i] for i in part or [0]], device)
-        margin = total_rewards(r_w, response_w, cfg.loss) - total_rewards(r_l, response_l, cfg.loss)
+        margin = total_rewards(r_w, response_w, level) - total_rewards(r_l, response_l, level)
         accuracy = (margin > 0).double() + 0.5 * (margin == 0)
         sums += torch.stack([accuracy.sum(), margin.sum(), -F.logsigmoid(margin).sum()]).double() * bool(part)
     accuracy, margin, loss = (total(sums) / len(pairs)).tolist()  # all ranks
     return dict(eval_accuracy=accuracy, eval_margin=margin, eval_loss=loss)
 
 
-def reward_level(path):
-    """"token" or "sequence": what kind of reward model a folder holds"""
-    try:
-        kinds = " ".join(AutoConfig.from_pretrained(path).architectures or [])
-    except (OSError, ValueError) as error:
-        fail(f"{path} is no model ({str(error).splitlines()[0]})")
-    for level in ("token", "sequence"):
-        if f"For{level.title()}Classification" in kinds:
-            return level
-    fail(f"{path} is no reward model (config.json says {kinds or 'nothing'}); make one with: python reward_model.py")
-
-
 # ---------------------------------------------------------------- the stage
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_fits, check_input, check_model, check_numbers
-    from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_model(cfg.model, "model", "python sft.py")
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
@@ -220,7 +194,7 @@ def main(cfg):
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
     lengths = [pair_cost(pair) for pair in pairs]
     check_fits(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
-    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), pairs=len(pairs),
+    if begin(cfg, "reward_model", free=("micro_batch", "resume_every", "log_every"), pairs=len(pairs),
              inputs=[cfg.model, cfg.data, *([cfg.eval_data] if cfg.eval_data else [])],
              edits=any(0 in pair[3] for pair in pairs)):  # with masks; the report tells the paper's arms by it
         return say(f"{cfg.out} is finished; nothing to do")
@@ -233,6 +207,7 @@ def main(cfg):
                                   lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     rows = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs  # pairs seen, in all epochs
     steps = -(-rows // cfg.batch)
+    level = "sequence" if cfg.loss == "sequence" else "token"
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
     going_on = f", going on after step {done}" if done else ""
@@ -249,7 +224,7 @@ def main(cfg):
             (losses.sum() / len(batch) * bool(part)).backward()  # the mean over the pairs of the whole batch
             with torch.no_grad():
                 r_w, response_w, _, r_l, response_l, _ = scored
-                margin = total_rewards(r_w, response_w, cfg.loss) - total_rewards(r_l, response_l, cfg.loss)
+                margin = total_rewards(r_w, response_w, level) - total_rewards(r_l, response_l, level)
                 r_eos = (sequence_rewards(r_w, response_w) + sequence_rewards(r_l, response_l)) / 2
                 terms = [losses, (margin > 0) + 0.5 * (margin == 0), margin, *pair_terms(*scored), r_eos]
                 sums += torch.stack([term.double().sum() for term in terms]) * bool(part)
@@ -276,9 +251,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
     if sys.argv[1:2] == ["show"]:
-        from extras.show_rewards import main as show
-        show(sys.argv[2:])
+        extra("report.show_rewards", "reward_model.py show").main(sys.argv[2:])
     else:
-        main(load_config(Config))
+        main(load_config(Config, "reward_model"))

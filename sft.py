@@ -13,8 +13,13 @@ from typing import Literal
 
 import torch
 
-from common import (cosine, deal, encode_prompt, encode_response, fail, load_model, load_tokenizer, optimizer_step,
-                    pack, read_jsonl, rows_at, say, setup, token_logprobs, total)
+from common import (cosine, deal, encode_prompt, encode_response, load_model, load_tokenizer,
+                    optimizer_step, pack, rows_at, setup, token_logprobs)
+from plumbing.command_line import load_config
+from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.ranks import fail, say, total
+from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, save_checkpoint,
+                             save_model, trim_logs)
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,10 @@ class Config:
     resume_every: int = 100         # steps between checkpoints
     seed: int = 0                   # order of rows, new weights
     overwrite: bool = False
+    allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
 
 def main(cfg):
-    from extras.checkpoints import load_checkpoint, save_checkpoint, save_model
-    from extras.checks import check_fits, check_input, check_model, check_numbers
-    from extras.runs import begin, finish, log_metrics, progress, trim_logs
     # ---------------------------------------------------------------- inputs
     check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model", weights="new")
@@ -56,7 +59,7 @@ def main(cfg):
     numbers, prompts, responses = zip(*fitting)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     check_fits(cfg.model, "model", max(lengths), speaks=True)
-    if begin(cfg, free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
+    if begin(cfg, "sft", free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- model
@@ -97,5 +100,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    from extras.command_line import load_config
-    main(load_config(Config))
+    main(load_config(Config, "sft"))

@@ -1,5 +1,5 @@
 """Config, files, tokens, and generate against a slow loop. pytest tests/test_common.py"""
-import errno, math
+import errno, json, math
 from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
@@ -10,10 +10,10 @@ from transformers import (BartConfig, DynamicCache, GPT2Config, GPTNeoXConfig, L
                           Olmo2Config, Qwen2Config)
 
 import common
-from extras import checks, runs
-from extras.command_line import load_config, one_line
-from extras.in_place_cache import in_place_cache
-from extras.pages import token_texts
+from plumbing import files, record
+from plumbing.command_line import load_config, one_line
+from plumbing.cache import in_place_cache
+from common import token_texts
 
 
 @dataclass(frozen=True)
@@ -83,64 +83,64 @@ def test_a_malformed_row_ends_with_file_and_line(tmp_path, capsys):
     path, fields = tmp_path / "a.jsonl", {"text": str, "preference": (1, 2), "maybe": (str, type(None))}
     good = '{"text": "a", "preference": 1, "maybe": null, "more": 3}\n'
     path.write_text(good + "\n" + good)
-    assert len(common.read_jsonl(path, fields)) == 2
+    assert len(files.read_jsonl(path, fields)) == 2
     for line, parts in (('{"text": "a"', ("not JSON",)), ("[1]", ("JSON object, got list",)), ('{"text": "a"}', ("no field 'preference'", "text")),
                         ('{"text": 1, "preference": 1, "maybe": ""}', ("text must be str, got 1",)),
                         ('{"text": "", "preference": 3, "maybe": ""}', ("preference must be 1 or 2, got 3",)),
                         ('{"text": "", "preference": true, "maybe": ""}', ("preference must be 1 or 2, got true",)),
                         ('{"text": "", "preference": 1, "maybe": 2}', ("maybe must be str or null, got 2",))):
         path.write_text(good + line + "\n")
-        mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", *parts)
+        mistake(capsys, lambda: files.read_jsonl(path, fields), f"{path}:2: ", *parts)
     path.write_text("\n")
-    mistake(capsys, lambda: common.read_jsonl(path, fields), str(path), "no rows")
+    mistake(capsys, lambda: files.read_jsonl(path, fields), str(path), "no rows")
     path.write_text("[" * 100_000)
-    mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:1: ", "not JSON")
-    mistake(capsys, lambda: common.read_jsonl(tmp_path, fields), f"{tmp_path}: Is a directory")
+    mistake(capsys, lambda: files.read_jsonl(path, fields), f"{path}:1: ", "not JSON")
+    mistake(capsys, lambda: files.read_jsonl(tmp_path, fields), f"{tmp_path}: Is a directory")
     path.write_text('{"cut": null}\n{"cut": "output"}\n')
-    mistake(capsys, lambda: common.read_jsonl(path, {}), f"{path}:2: cut must be a list")
+    mistake(capsys, lambda: files.read_jsonl(path, {}), f"{path}:2: cut must be a list")
     path.write_text('{"\\u001b[31m": 1}\n')
-    mistake(capsys, lambda: common.read_jsonl(path, {"a": str}), "the row has: ?[31m")
+    mistake(capsys, lambda: files.read_jsonl(path, {"a": str}), "the row has: ?[31m")
     path.write_bytes(good.encode() + good.replace('"a"', '"é"').encode("latin-1"))
-    mistake(capsys, lambda: common.read_jsonl(path, fields), f"{path}:2: ", "not JSON", "utf-8")
+    mistake(capsys, lambda: files.read_jsonl(path, fields), f"{path}:2: ", "not JSON", "utf-8")
     path.write_bytes(b"\xef\xbb\xbf" + good.replace('"a"', '"é\u2028"').encode().replace(b"\n", b"\r\n"))  # an editor on Windows
-    assert common.read_jsonl(path, fields)[0]["text"] == "é\u2028"
+    assert files.read_jsonl(path, fields)[0]["text"] == "é\u2028"
 
 
 def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine/ready").mkdir(parents=True)
     (tmp_path / "mine/ready/config.json").write_text("{}")
-    mistake(capsys, lambda: checks.check_model("mine/ready", "model", "python sft.py"), "--model=mine/ready holds no weights")
-    checks.check_model("mine/ready", "model", "python sft.py", weights=False)
+    mistake(capsys, lambda: files.check_model("mine/ready", "model", "python sft.py"), "--model=mine/ready holds no weights")
+    files.check_model("mine/ready", "model", "python sft.py", weights=False)
     (tmp_path / "mine/ready/model.safetensors").write_text("")
     for good in ("org/some-Model_1.5", "mine/ready", tmp_path / "mine/ready"):
-        checks.check_model(good, "model", "python sft.py")
+        files.check_model(good, "model", "python sft.py")
     for bad in ("mine/unfinished", "out/sft", "data/model", "name", "./a/b", tmp_path / "none"):
-        mistake(capsys, lambda: checks.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
+        mistake(capsys, lambda: files.check_model(bad, "model", "python sft.py"), f"--model={bad}", "python sft.py")
 
 
 def test_pickled_weights_are_refused(tmp_path, capsys):
     """...and not taken for a folder without weights, which gets new ones"""
     for name in ("config.json", "pytorch_model.bin"):
         (tmp_path / name).write_text("{}")
-    mistake(capsys, lambda: checks.check_model(tmp_path, "model", "python sft.py"), f"--model={tmp_path}", "never loaded")
-    mistake(capsys, lambda: checks.check_model(tmp_path, "model", "python sft.py", weights="new"), "never loaded")
-    checks.check_model(tmp_path, "tokenizer", "python sft.py", weights=False)
+    mistake(capsys, lambda: files.check_model(tmp_path, "model", "python sft.py"), f"--model={tmp_path}", "never loaded")
+    mistake(capsys, lambda: files.check_model(tmp_path, "model", "python sft.py", weights="new"), "never loaded")
+    files.check_model(tmp_path, "tokenizer", "python sft.py", weights=False)
     (tmp_path / "model.safetensors").write_text("")
-    checks.check_model(tmp_path, "model", "python sft.py")
+    files.check_model(tmp_path, "model", "python sft.py")
 
 
 def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
     for name, config in (("olmo", Olmo2Config()), ("llama", LlamaConfig()), ("qwen", Qwen2Config(max_position_embeddings=50)), ("gpt2", GPT2Config()),
                          ("neox", GPTNeoXConfig()), ("bart", BartConfig())):  # GPT-2: no layers; NeoX: no score; Bart: no such class
         config.save_pretrained(tmp_path / name)
-    checks.check_fits(tmp_path / "llama", "model", 2048)
-    checks.check_fits(tmp_path / "qwen", "model", 50)
-    checks.check_fits(tmp_path / "olmo", "model", 50, speaks=True)  # no reward model can be made of it, but it speaks
-    mistake(capsys, lambda: checks.check_fits(tmp_path / "qwen", "model", 51), "--model=", "positions for 50 tokens, the longest row has 51")
-    mistake(capsys, lambda: checks.check_fits(tmp_path / "gpt2", "model", 9, speaks=True), "built as Llama is")
+    files.check_fits(tmp_path / "llama", "model", 2048)
+    files.check_fits(tmp_path / "qwen", "model", 50)
+    files.check_fits(tmp_path / "olmo", "model", 50, speaks=True)  # no reward model can be made of it, but it speaks
+    mistake(capsys, lambda: files.check_fits(tmp_path / "qwen", "model", 51), "--model=", "positions for 50 tokens, the longest row has 51")
+    mistake(capsys, lambda: files.check_fits(tmp_path / "gpt2", "model", 9, speaks=True), "built as Llama is")
     for name in ("gpt2", "neox", "bart", "olmo"):
-        mistake(capsys, lambda: checks.check_fits(tmp_path / name, "model", 9), f"--model={tmp_path}/{name}", "built as Llama is")
+        mistake(capsys, lambda: files.check_fits(tmp_path / name, "model", 9), f"--model={tmp_path}/{name}", "built as Llama is")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
@@ -160,15 +160,15 @@ def test_a_full_disk_is_one_line_whoever_says_so(capsys):
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     path = tmp_path / "new/a.jsonl"
-    common.write_jsonl(path, [{"a": 1}])
+    files.write_jsonl(path, [{"a": 1}])
     with pytest.raises(ZeroDivisionError):
-        common.write_jsonl(path, ({"a": 1 / n} for n in (1, 0)))
+        files.write_jsonl(path, ({"a": 1 / n} for n in (1, 0)))
     assert path.read_text() == '{"a": 1}\n'
 
 
 def test_a_lone_surrogate_is_data(tmp_path):
-    common.write_jsonl(tmp_path / "a.jsonl", [{"a": "half \ud83d <b>"}])
-    assert "<b>" in common.read_jsonl(tmp_path / "a.jsonl", {"a": str})[0]["a"]
+    files.write_jsonl(tmp_path / "a.jsonl", [{"a": "half \ud83d <b>"}])
+    assert "<b>" in files.read_jsonl(tmp_path / "a.jsonl", {"a": str})[0]["a"]
 
 
 def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
@@ -180,19 +180,19 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
         overwrite: bool = False
     (tmp_path / "in.jsonl").write_text("a")
     def release():  # what the end of a process does
-        while runs.LOCKS:
-            runs.LOCKS.pop().close()
+        while record.LOCKS:
+            record.LOCKS.pop().close()
     def begin(**fields):
-        return runs.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
+        return record.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
     assert begin() is False
     mistake(capsys, begin, "another run is writing")
     release()
-    runs.finish(Run(f"{tmp_path}/out"))
+    record.finish(Run(f"{tmp_path}/out"))
     assert begin(micro_batch=8) is True
     release()
-    record = runs.record_of(tmp_path / "out")
-    del record["config"]["lr"]  # a record from before the field was there: it had the default's effect
-    (tmp_path / "out/run.json").write_text(runs.json.dumps(record))
+    old = record.record_of(tmp_path / "out")
+    del old["config"]["lr"]  # a record from before the field was there: it had the default's effect
+    (tmp_path / "out/run.json").write_text(json.dumps(old))
     assert begin() is True
     release()
     mistake(capsys, lambda: begin(lr=2.0), "lr: 1.0 then, 2.0 now", "--overwrite=true")
@@ -205,76 +205,76 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     assert begin(lr=2.0, overwrite=True) is False and {f.name for f in (tmp_path / "out").iterdir() if f.is_dir()} == {"mine"}
     release()
     (tmp_path / "out/checkpoint_5").mkdir()
-    runs.finish(Run(f"{tmp_path}/out"))
+    record.finish(Run(f"{tmp_path}/out"))
     assert (tmp_path / "out/checkpoint_5").exists()
-    runs.finish(Run(f"{tmp_path}/out"), keep_checkpoint=False)
+    record.finish(Run(f"{tmp_path}/out"), keep_checkpoint=False)
     assert not (tmp_path / "out/checkpoint_5").exists()
-    assert runs.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
+    assert record.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
     release()
-    assert runs.begin(Run(f"{tmp_path}/early")) is False
+    assert record.begin(Run(f"{tmp_path}/early")) is False
     release()
-    assert runs.begin(Run(f"{tmp_path}/early", lr=2.0)) is False  # refused or killed before anything came of it
+    assert record.begin(Run(f"{tmp_path}/early", lr=2.0)) is False  # refused or killed before anything came of it
     release()
-    assert runs.record_of(tmp_path / "early")["config"]["lr"] == 2.0
+    assert record.record_of(tmp_path / "early")["config"]["lr"] == 2.0
     (tmp_path / "early/step_20").mkdir()
     for name in ("checkpoint.tmp", "saving.tmp"):
         (tmp_path / "early" / name).mkdir()
-    mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/early", overwrite=True), inputs=[tmp_path / "early/step_20"]), "which this run reads")
+    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/early", overwrite=True), inputs=[tmp_path / "early/step_20"]), "which this run reads")
     release()
-    assert runs.begin(Run(f"{tmp_path}/early", lr=2.0)) is False and not list((tmp_path / "early").glob("*.tmp"))
+    assert record.begin(Run(f"{tmp_path}/early", lr=2.0)) is False and not list((tmp_path / "early").glob("*.tmp"))
     release()
-    runs.finish(Run(f"{tmp_path}/early"))
-    monkeypatch.setattr(runs.shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+    record.finish(Run(f"{tmp_path}/early"))
+    monkeypatch.setattr(record.shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        runs.begin(Run(f"{tmp_path}/early", overwrite=True))
+        record.begin(Run(f"{tmp_path}/early", overwrite=True))
     release()
-    assert runs.record_of(tmp_path / "early") == {}, "half deleted is not finished"
+    assert record.record_of(tmp_path / "early") == {}, "half deleted is not finished"
     monkeypatch.undo()
     File = type("File", (Run,), {"out": "out/e.jsonl"})
     (tmp_path / "d.jsonl").mkdir()
-    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/d.jsonl")), "is there as a folder")
-    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl/e.jsonl")), "below something that is no folder")
-    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/in.jsonl"), inputs=[tmp_path / "in.jsonl"]), "which this run reads")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/d.jsonl")), "is there as a folder")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl/e.jsonl")), "below something that is no folder")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl"), inputs=[tmp_path / "in.jsonl"]), "which this run reads")
     (tmp_path / "e.jsonl.parts").mkdir()
-    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False
+    assert record.begin(File(f"{tmp_path}/e.jsonl")) is False
     release()
-    mistake(capsys, lambda: runs.begin(File(f"{tmp_path}/e.jsonl", lr=2.0)), "lr: 1.0 then, 2.0 now")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/e.jsonl", lr=2.0)), "lr: 1.0 then, 2.0 now")
     release()
-    assert runs.begin(File(f"{tmp_path}/e.jsonl")) is False and (tmp_path / "e.jsonl.parts").exists()
+    assert record.begin(File(f"{tmp_path}/e.jsonl")) is False and (tmp_path / "e.jsonl.parts").exists()
     release()
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
-    before = runs.fingerprint(tmp_path)
+    before = record.fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 19) + b"x" + bytes((1 << 19) - 1))
-    assert runs.fingerprint(tmp_path) != before, "other weights of the same size"
+    assert record.fingerprint(tmp_path) != before, "other weights of the same size"
     (tmp_path / "source").mkdir()
     (tmp_path / "source/in.tsv").write_text("a")  # a source may lie in a folder that is written to: it stays
     Source = type("Source", (Run,), {"out": "data/x"})
     for overwrite in (False, True):
-        assert runs.begin(Source(f"{tmp_path}/source", overwrite=overwrite), inputs=[tmp_path / "source/in.tsv"], beside=("in.tsv",)) is False
+        assert record.begin(Source(f"{tmp_path}/source", overwrite=overwrite), inputs=[tmp_path / "source/in.tsv"], beside=("in.tsv",)) is False
         release()
-    record = runs.record_of(tmp_path / "source") | {"inputs": {str(tmp_path / "source/in.tsv"): "old", "gone": "old"}}
-    runs.record_path(tmp_path / "source").write_text(runs.json.dumps(record))
-    mistake(capsys, lambda: runs.begin(Source(f"{tmp_path}/source"), inputs=[tmp_path / "source/in.tsv"], beside=()), "the content of")
+    old = record.record_of(tmp_path / "source") | {"inputs": {str(tmp_path / "source/in.tsv"): "old", "gone": "old"}}
+    record.record_path(tmp_path / "source").write_text(json.dumps(old))
+    mistake(capsys, lambda: record.begin(Source(f"{tmp_path}/source"), inputs=[tmp_path / "source/in.tsv"], beside=()), "the content of")
     release()
     for usual, wrong, words in (("out/sft", "a.jsonl", "a folder"), ("out/e.jsonl", "a", "a file"), ("out/e.jsonl", "a.txt", "a file")):
         Usual = type("Usual", (Run,), {"out": usual})
-        mistake(capsys, lambda: runs.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)
+        mistake(capsys, lambda: record.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)
         assert not list(tmp_path.glob("a*"))
     monkeypatch.setenv("PATH", "")  # no git
-    assert runs.begin(Run(f"{tmp_path}/sft.small")) is False and runs.record_of(tmp_path / "sft.small")["commit"] == ""
+    assert record.begin(Run(f"{tmp_path}/sft.small")) is False and record.record_of(tmp_path / "sft.small")["commit"] == ""
     assert (tmp_path / "sft.small/run.json").exists()
     release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    mistake(capsys, lambda: runs.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
+    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
     release()
 
 
 def test_a_torn_last_line_is_no_row(tmp_path):
-    assert runs.logged(tmp_path / "metrics.jsonl") == []
+    assert record.logged(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    assert [row["step"] for row in runs.logged(tmp_path / "metrics.jsonl")] == [0, 1]
-    runs.trim_logs(tmp_path, 1)
+    assert [row["step"] for row in record.logged(tmp_path / "metrics.jsonl")] == [0, 1]
+    record.trim_logs(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
@@ -347,11 +347,11 @@ def test_prompts_are_alpacas_with_bos_once(world):
 
 
 def test_tokenizer_hash_tells_vocabularies_apart(world):
-    hashes = [checks.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
-    assert len(set(hashes)) == len(hashes) and hashes[0] == checks.tokenizer_hash(common.load_tokenizer(world / "sft"))
+    hashes = [files.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
+    assert len(set(hashes)) == len(hashes) and hashes[0] == files.tokenizer_hash(common.load_tokenizer(world / "sft"))
     other = common.load_tokenizer(world / "sft")
     other.eos_token = other.convert_ids_to_tokens(300)  # the same vocabulary, but responses end otherwise
-    assert checks.tokenizer_hash(other) not in hashes
+    assert files.tokenizer_hash(other) not in hashes
 
 
 # ---------------------------------------------------------------- forward and generate

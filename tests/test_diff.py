@@ -2,7 +2,8 @@
 import functools, json, random, time
 from html.parser import HTMLParser
 
-import common, diff
+import diff
+from plumbing import files
 from conftest import rows_of, run
 from extras.pages import safe
 
@@ -80,7 +81,7 @@ def test_cutting_would_blame_untouched_tokens():
 
 
 def edits(tmp_path, rows):
-    common.write_jsonl(tmp_path / "edits.jsonl", [dict(id=str(k), instruction="List fruits.", input="", **row)
+    files.write_jsonl(tmp_path / "edits.jsonl", [dict(id=str(k), instruction="List fruits.", input="", **row)
                                                   for k, row in enumerate(rows)])
     return tmp_path / "edits.jsonl"
 

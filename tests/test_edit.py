@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import common, diff, edit
-from extras import runs
+import diff, edit
+from plumbing import files
+from plumbing import record
 from claude_standin import Standin, mended
-from extras import edit_page, edit_stats
+from extras.editors import page as edit_page, stats as edit_stats
 
 LARGE = bool(os.environ.get("LARGE"))
 KEY = "sk-ant-secret-0123456789"
@@ -32,14 +33,14 @@ def setting(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("anthropic._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("extras.claude_batches.PAUSES", (0.01, 0.05))
+    monkeypatch.setattr("plumbing.claude.PAUSES", (0.01, 0.05))
     yield
     release_locks()
 
 
 def release_locks():
-    while runs.LOCKS:
-        runs.LOCKS.pop().close()
+    while record.LOCKS:
+        record.LOCKS.pop().close()
 
 
 def pairs(n, text="teh answer {i} is wrong."):
@@ -302,7 +303,7 @@ def test_rerun_asks_nothing(monkeypatch, capsys):
     n = 20_000
     write(pairs(n))
     rows = edit.read_rows(edit.Config(data="pref.jsonl"))
-    common.write_jsonl("edits.jsonl", [row | {"edited": "x"} for row in rows.values()])
+    files.write_jsonl("edits.jsonl", [row | {"edited": "x"} for row in rows.values()])
     with Standin() as claude:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
         Path("edits.jsonl").rename("kept")
@@ -437,7 +438,7 @@ def test_ctrl_c(monkeypatch, capsys, number):
 
 @pytest.mark.parametrize("moment, made", [("create", 1), ("retrieve", 2)])
 def test_ctrl_c_while_batches_are_made_or_worked_on(monkeypatch, capsys, moment, made):
-    monkeypatch.setattr("extras.claude_batches.ROWS", 2)
+    monkeypatch.setattr("plumbing.claude.ROWS", 2)
     write(pairs(4))
     signals = [signal.SIGINT]
     with Standin(trouble=lambda action: os.kill(os.getpid(), signals.pop()) if action == moment and signals else "") as claude:
@@ -460,7 +461,7 @@ def test_two_runs_at_once(monkeypatch, capsys):
 def test_disk_full(monkeypatch):
     """A line that does not fit is taken away whole: the next one, once there is room, begins a line of its own"""
     import resource
-    from extras import edit_page
+    from extras.editors import page as edit_page
     write(pairs(6))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = []
@@ -485,7 +486,7 @@ def test_disk_full(monkeypatch):
 
 def test_batches(monkeypatch):
     """Results in any order, errored and expired ones asked again, invalid ones not; several chunks; nothing left to do after"""
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     monkeypatch.setattr(claude_batches, "ROWS", 7)
     write(pairs(30))
     kinds = {1: "errored", 2: "expired", 3: "400", 4: "preamble", 5: "refusal"}
@@ -505,7 +506,7 @@ def test_batches(monkeypatch):
 
 
 def test_chunks_keep_within_the_bounds_of_a_batch(monkeypatch):
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     assert claude_batches.ROWS <= 100_000 and claude_batches.BYTES < 256e6  # the API's
     monkeypatch.setattr(claude_batches, "ROWS", 5)
     monkeypatch.setattr(claude_batches, "BYTES", 3000)
@@ -533,7 +534,7 @@ def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
 
 def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
     """Killed while a batch is worked on: requests one by one are refused, a smaller --limit leaves the other results there"""
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     write(pairs(8))
     with Standin() as claude:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -554,7 +555,7 @@ def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
 
 def test_another_runs_batch_of_the_same_size(monkeypatch):
     """It was made last and ours was not heard of, so it is taken for ours, until its results tell"""
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     write(pairs(4))
     find = claude_batches.find
 
@@ -570,7 +571,7 @@ def test_another_runs_batch_of_the_same_size(monkeypatch):
 
 def test_trouble_with_batches(monkeypatch, capsys):
     """While a batch is made and looked at everything may fail for a while; for good: one line, and the same command goes on"""
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     monkeypatch.setattr(claude_batches, "PATIENCE", 14)  # the faults below
     write(pairs(5))
     faults = dict.fromkeys(("create", "retrieve", "results"), ("500", "429", "drop", "garbage", "html", "no_utf8", "null"))
@@ -595,7 +596,7 @@ def test_trouble_with_batches(monkeypatch, capsys):
 @pytest.mark.parametrize("arrived", [True, False])
 def test_death_while_a_batch_is_sent(monkeypatch, arrived):
     """Before its id was heard: the batch is found if it was made, and sent if it was not"""
-    from extras import claude_batches
+    from plumbing import claude as claude_batches
     send = claude_batches.send
 
     def die(*arguments):
@@ -635,9 +636,9 @@ def test_the_record_is_of_the_whole_file(monkeypatch):
     with Standin() as claude:
         run(monkeypatch, claude, limit=2)
         rows = run(monkeypatch, claude)
-    record = runs.record_of("edits.jsonl")
-    assert record["config"]["limit"] is None and record["rows"] == 6
-    assert record["output_tokens"] == sum(row["usage"]["output_tokens"] for row in rows)
+    about = record.record_of("edits.jsonl")
+    assert about["config"]["limit"] is None and about["rows"] == 6
+    assert about["output_tokens"] == sum(row["usage"]["output_tokens"] for row in rows)
 
 
 def test_dry_run(monkeypatch, capsys):
@@ -752,7 +753,7 @@ def test_local_model(monkeypatch):
     out = run(monkeypatch, **fields, concurrency=4)
     assert "positions" in out[5]["error"] and all(row["edited"] or row["error"] in ("cut by max_tokens", "empty reply") for row in out[:5])
     assert out[0]["model"] == "chat" and out[0]["usage"]["input_tokens"] > 300
-    from extras.local_editor import ask_local
+    from extras.editors.local import ask_local
     requests = {row["id"]: edit.build_request(edit.Config(**fields), row) for row in out[:5]}
     model = LlamaForCausalLM.from_pretrained("chat")
     for key, reply in ask_local(requests, threading.Event(), path="chat", batch=4, seed=0, temperature=0):

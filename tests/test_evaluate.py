@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import evaluate
-from extras import runs
-from extras.command_line import load_config
+from plumbing import record
+from plumbing.command_line import load_config
 from claude_standin import Standin
 from common import decode_response, encode_prompt, encode_response, load_tokenizer, row_uniforms
 from conftest import ROOT, rows_of, run
 from evaluate import matched, paired, parse_verdict, preference, summary, win_rate
-from extras.reward_figures import auroc, calibration, in_spans, token_auroc, token_figures
+from evaluate import calibration
+from extras.report.rewards import auroc, in_spans, token_auroc, token_figures
 
 PUBLISHED = ROOT.parent / "shared/data/alpaca_eval"
 
@@ -27,7 +28,7 @@ def write(path, rows):
 def here(word, *flags, ok=True, **env):
     """evaluate.py <word> <flags> in this process, which saves the seconds that importing takes -> returncode, stdout, stderr"""
     out, err, code, hook = io.StringIO(), io.StringIO(), 0, sys.excepthook
-    runs.LOCKS.clear()  # as if the process before had ended
+    record.LOCKS.clear()  # as if the process before had ended
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict(os.environ, env):
         try:
             function, Config = evaluate.WORDS[word]

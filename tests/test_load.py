@@ -11,11 +11,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 import common
+from plumbing import ranks
 loads, kinds = [], ((None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32))
 device, mesh, _ = common.setup("float32")
 for Auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
     def spy(*args, load=Auto.from_pretrained, **options):
-        loads.append(common.RANK)
+        loads.append(ranks.RANK)
         return load(*args, **options)
     Auto.plain, Auto.from_pretrained = Auto.from_pretrained, spy
 for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
@@ -50,8 +51,8 @@ for checkpointing in (False, True):  # then a layer is computed once more, in th
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     model(input_ids=ids).logits.sum().backward()
     assert len(calls) == len(model.model.layers) * (2 if checkpointing else 1), calls
-x = torch.tensor([common.RANK + 1.0])
-assert (common.total(x).item(), common.total(x, "max").item(), x.item()) == (3, 2, common.RANK + 1)
+x = torch.tensor([ranks.RANK + 1.0])
+assert (ranks.total(x).item(), ranks.total(x, "max").item(), x.item()) == (3, 2, ranks.RANK + 1)
 """
 
 
@@ -69,15 +70,16 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import common
+from plumbing import ranks
 os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each of the two ranks were a machine of its own
 device, mesh, _ = common.setup("float32")
 assert mesh.mesh_dim_names == ("replicate", "shard") and tuple(mesh.shape) == (2, 1), mesh
 model = common.load_model(sys.argv[1], device, mesh, torch.float32)
 assert all(p.to_local().numel() == p.numel() for p in model.parameters()), "a machine holds the whole model"
-loss = model(input_ids=torch.tensor([[3 + common.RANK, 4]])).logits.square().sum()
+loss = model(input_ids=torch.tensor([[3 + ranks.RANK, 4]])).logits.square().sum()
 loss.backward()
 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor()
-assert common.total(norm, "max") == norm, "the gradients of all machines add up to the same"
+assert ranks.total(norm, "max") == norm, "the gradients of all machines add up to the same"
 """
 
 

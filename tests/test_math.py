@@ -6,7 +6,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import common, diff, ppo, reward_model
-from extras import runs
+from plumbing import record
 
 GARBAGE = float("nan")
 
@@ -339,7 +339,7 @@ STEPS = [dict(level="token", reward_scale="mean", clamp_kl=True, whiten_rewards=
 def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, rm, options):
     """What the second step's update is given, and what is logged, against plain transformers and loops over rows"""
     tokenizer = common.load_tokenizer(world / "sft")
-    prompt_lengths = sorted(len(common.encode_prompt(tokenizer, row)) for row in runs.logged(world / "data/prompts.jsonl"))
+    prompt_lengths = sorted(len(common.encode_prompt(tokenizer, row)) for row in record.logged(world / "data/prompts.jsonl"))
     query_len = max(n for n in prompt_lengths if n < prompt_lengths[-1])  # some are too long
     cfg = ppo.Config(policy=f"{world}/sft", reward_model=f"{world}/{rm}", data=f"{world}/data/prompts.jsonl", out=f"{tmp_path}/out", steps=2,
                      rollout_batch=12, rollout_micro_batch=6, score_micro_batch=5, batch=6, micro_batch=4, ppo_epochs=1, query_len=query_len,
@@ -357,9 +357,9 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, rm, opti
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common.encode_response(tokenizer, "\n")[0])  # a model of 5 steps says it, at times
     monkeypatch.setattr(ppo, "load_tokenizer", lambda path: tokenizer)
     ppo.main(cfg)
-    while runs.LOCKS:
-        runs.LOCKS.pop().close()
-    (models, rollout, lr, optimizer), logged = caught[0], runs.logged(tmp_path / "out/metrics.jsonl")
+    while record.LOCKS:
+        record.LOCKS.pop().close()
+    (models, rollout, lr, optimizer), logged = caught[0], record.logged(tmp_path / "out/metrics.jsonl")
     reference, rewarder = (common.load_model(world / name, torch.device("cpu"), None, torch.float32, head=head, frozen=True)
                            for name, head in (("sft", None), (rm, "saved")))
     assert max(map(len, rollout["prompts"])) <= query_len < prompt_lengths[-1]
@@ -424,12 +424,12 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, monkeyp
     monkeypatch.setattr(torch.optim, "AdamW", lambda *words, **options: made.append(options) or adam(*words, **options))
     reward_model.main(cfg)
     assert made == [dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)]
-    while runs.LOCKS:
-        runs.LOCKS.pop().close()
+    while record.LOCKS:
+        record.LOCKS.pop().close()
     tokenizer, names = common.load_tokenizer(world / "sft"), ("edited_ids", "original_ids", "edited_changed", "original_changed")
 
     def read(path):
-        for row in runs.logged(path):
+        for row in record.logged(path):
             if "edited_ids" in row:
                 yield row["prompt_ids"], *(row[name] for name in names)
             else:
@@ -447,7 +447,7 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(world, tmp_path, monkeyp
     def margin(pair, r_w, r_l):
         return r_w[-1] - r_l[-1] if loss == "sequence" else r_w.mean() - r_l.mean()
     steps = -(-2 * len(pairs) // 14)
-    for step, row in zip(range(steps), runs.logged(tmp_path / "out/metrics.jsonl"), strict=True):
+    for step, row in zip(range(steps), record.logged(tmp_path / "out/metrics.jsonl"), strict=True):
         batch = common.rows_at(step * 14, min(step * 14 + 14, 2 * len(pairs)), len(pairs), 2)
         figures, whole = [], 0.0
         for i in batch:

@@ -4,7 +4,7 @@ PAPER_TEST_NPROC=2 pytest tests/test_paper.py runs it with torchrun on two ranks
 import json, os, random, subprocess
 
 from claude_standin import Standin
-from common import write_jsonl
+from plumbing.files import write_jsonl
 from conftest import ROOT, rows_of, run
 from evaluate import win_rate
 from warm_python import warm_python
@@ -115,7 +115,7 @@ def test_paper_whole(tmp_path):
         for folder, wins in ((tmp_path / "run/step_20", 1), (tmp_path / "run/step_100", 3), (tmp_path / "run", 3)):
             write_jsonl(folder / "val_annotations.jsonl", [
                 dict(instruction="", output_1="", output_2="", preference=2 if i < wins else None if i == 4 else 1) for i in range(5)])
-        best = subprocess.run([python, "extras/best_step.py", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True).stdout
+        best = subprocess.run([python, "evaluate.py", "best", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True).stdout
         assert best == f"run {tmp_path}/run/step_100\n", "the highest win rate; of equals the earliest, by number"
 
     config = {path.parent.name: json.loads(path.read_text())["config"] for path in out.glob("*/run.json")}

@@ -5,7 +5,8 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 import ppo
-from extras import checks, plan, plan_tracked
+from extras.memory import plan, plan_tracked
+from plumbing import files as checks
 
 
 @pytest.mark.parametrize("sizes, point", [  # h, i, heads, kv heads, V, tied; none of these set a constant of the plan
@@ -13,7 +14,7 @@ from extras import checks, plan, plan_tracked
     ((576, 1536, 9, 3, 49152, True), dict(ranks=2, rollout=32, score=16, micro=4, checkpointing=False)),  # SmolLM2
     ((3072, 8192, 24, 8, 128256, True), dict(ranks=4, rollout=16, score=8, micro=1, checkpointing=True))])  # Llama 3.2
 def test_the_counts_are_within_a_tenth_of_tracked_memory(sizes, point):
-    """The width of three models with three layers; python extras/plan_tracked.py 7B takes all of them"""
+    """The width of three models with three layers; python extras/memory/plan_tracked.py 7B takes all of them"""
     h, i, heads, kv, V, tied = sizes
     config = LlamaConfig(hidden_size=h, intermediate_size=i, num_attention_heads=heads, num_key_value_heads=kv,
                          vocab_size=V, tie_word_embeddings=tied, num_hidden_layers=3)

@@ -11,7 +11,8 @@ from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import common, ppo
-from extras import watch
+from plumbing import files
+from plumbing import watch
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ def planted(tmp_path_factory):
     for name, model in (("policy", policy), ("rm", rm)):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
-    common.write_jsonl(home / "prompts.jsonl", [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)])
+    files.write_jsonl(home / "prompts.jsonl", [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)])
     return home
 
 

@@ -30,7 +30,7 @@ def spoilt(*args, before=False):
 common.rows_at, common.token_heads = counted, spoilt
 """
 TOLD_AFTER_SCORING_STEP_2 = """
-from extras import watch
+from plumbing import watch
 def told(*args, explained_variance=watch.explained_variance):
     steps.append(1)
     if len(steps) == 3 and RANK == 3:

@@ -6,6 +6,7 @@ from conftest import ROOT, rows_of, run
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import common
+from plumbing import files
 
 SHARED = ROOT.parent / "shared/data"
 
@@ -28,8 +29,8 @@ def test_llama_without_pad_goes_through_diff_and_reward_model(llama, tmp_path):
     pairs = [row for row in rows_of(SHARED / "alpaca_eval/pref.jsonl") if len(row["output_1"] + row["output_2"]) < 600][:24]
     edits = [dict(id=str(i), instruction=row["instruction"], input="", original=row["output_1"],
                   edited=row["output_1"].replace(" the ", " a ", 1) + "\n\n“Çà va?” 😀") for i, row in enumerate(pairs)]
-    common.write_jsonl(tmp_path / "edits.jsonl", edits)
-    common.write_jsonl(tmp_path / "pref.jsonl", pairs)
+    files.write_jsonl(tmp_path / "edits.jsonl", edits)
+    files.write_jsonl(tmp_path / "pref.jsonl", pairs)
     run("diff.py", tmp_path / "edits.jsonl", f"--tokenizer={llama}", f"--out={tmp_path}/diffs.jsonl")
     tokenizer = common.load_tokenizer(llama)
     assert tokenizer.pad_token is None

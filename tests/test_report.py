@@ -7,7 +7,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import rows_of, run
 from evaluate import win_rate
-from extras import report, report_page
+from extras.report import page as report_page, tables as report
 
 ARMS = {"ppo_rlhf": ("sequence", "rm_original", 24.0), "ppo_fine": ("sequence", "rm_edited", 44.0), "ppo_token": ("token", "rm_token", 58.0)}
 EVIL = "</span><script>alert(1)</script>\x1b[31m\u202e & \"quoted\" | {x}"

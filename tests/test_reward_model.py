@@ -10,11 +10,13 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForTokenClassification
 
 import common, reward_model
-from extras import runs, show_rewards
+from plumbing import files
+from extras.report import show_rewards
+from plumbing import record
 from conftest import rows_of
 from data.paradetox import prepare as paradetox
 from data.qa_feedback import prepare as qa_feedback
-from extras import edit_baselines, study_tables
+from extras.study import baselines, tables as study_tables
 from test_diff import Text
 
 
@@ -94,7 +96,7 @@ ROWS = [dict(id="<1>", instruction="List <b>four</b> fruits.", input="", origina
 
 
 def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsys):
-    common.write_jsonl(tmp_path / "edits.jsonl", ROWS)
+    files.write_jsonl(tmp_path / "edits.jsonl", ROWS)
     flags = [f"--model={world}/rm", f"{tmp_path}/edits.jsonl"]
     show_rewards.main(flags)
     shown = capsys.readouterr().out
@@ -110,8 +112,8 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
 
 def test_show_pairs_answers_by_their_question(world, tmp_path, capsys):
     questions = [dict(instruction=f"List {n} fruits.", input="") for n in ("two", "three")]
-    common.write_jsonl(tmp_path / "a.jsonl", [row | {"output": f"apple {i}", "cut": None} for i, row in enumerate(questions)])
-    common.write_jsonl(tmp_path / "b.jsonl", [row | {"output": f"pear {i}"} for i, row in enumerate(questions)][::-1])
+    files.write_jsonl(tmp_path / "a.jsonl", [row | {"output": f"apple {i}", "cut": None} for i, row in enumerate(questions)])
+    files.write_jsonl(tmp_path / "b.jsonl", [row | {"output": f"pear {i}"} for i, row in enumerate(questions)][::-1])
     show_rewards.main([f"--model={world}/rm", f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
     shown = re.sub(r"\([+-]\d+\.\d\)", "", capsys.readouterr().out)
     first, second = shown.split("List three")
@@ -133,7 +135,7 @@ shit , no\tno\tNo\tOh no
 
 
 def prepared(module, **options):
-    runs.LOCKS.clear()
+    record.LOCKS.clear()
     module.main(module.Config(**options))
 
 
@@ -147,7 +149,7 @@ def test_paradetox(tmp_path, capsys):
     assert every <= {("you damn fool , go .", "You should go."), ("you damn fool , go .", "you , go ."), ('what "" crap', 'What ""'),
                      ("shit , no", "no"), ("shit , no", "No"), ("shit , no", "Oh no")} and len(every) >= 4
     assert all(row["editor"] == "human" and row["instruction"] for row in train + test) and test[0]["id"] == "paradetox-1-0"
-    assert common.read_jsonl(tmp_path / "out/edits_train.jsonl", __import__("diff").EDIT_FIELDS)
+    assert files.read_jsonl(tmp_path / "out/edits_train.jsonl", __import__("diff").EDIT_FIELDS)
 
 
 def test_prepare_reads_an_address_and_refuses_what_is_no_such_file(tmp_path, capsys):
@@ -201,22 +203,22 @@ def test_qa_feedback(tmp_path):
 # ---------------------------------------------------------------- what the figures are held against
 
 def test_surface_reads_spacing_and_capitals_only():
-    surface, won = edit_baselines.surface, edit_baselines.won
+    surface, won = baselines.surface, baselines.won
     assert won(surface("Go away."), surface("go away .")) == 100 and won(surface("go ."), surface("Go.")) == 0
     assert won(surface("Go."), surface("go.")) == 100 and won(surface("kind"), surface("rude")) == 50
-    assert edit_baselines.careless(["go", " away", " .", "!", " no"]) == [1, 0, 1, 0, 0]
-    assert edit_baselines.careless(["Go"]) == [0]
+    assert baselines.careless(["go", " away", " .", "!", " no"]) == [1, 0, 1, 0, 0]
+    assert baselines.careless(["Go"]) == [0]
 
 
 def test_bag_of_tokens_finds_what_was_always_removed(world, tmp_path):
     """In every train pair "bear" is replaced: the bag finds it, what looks at spacing does not; with other rewrites, people agree"""
     def row(k, original, edited):
         return dict(id=str(k), instruction="x", input="", original=original, edited=edited)
-    common.write_jsonl(tmp_path / "train.jsonl", [row(0, "apple\nbear", "apple\npear"), row(1, "bear\nplum", "tea\nplum"),
+    files.write_jsonl(tmp_path / "train.jsonl", [row(0, "apple\nbear", "apple\npear"), row(1, "bear\nplum", "tea\nplum"),
                                                   row(2, "apple\nbear", "apple\nplum")])
-    common.write_jsonl(tmp_path / "test.jsonl", [row(3, "plum\nbear", "plum\napple")])
-    runs.LOCKS.clear()
-    edit_baselines.main(edit_baselines.Config(train=str(tmp_path / "train.jsonl"), data=str(tmp_path / "test.jsonl"),
+    files.write_jsonl(tmp_path / "test.jsonl", [row(3, "plum\nbear", "plum\napple")])
+    record.LOCKS.clear()
+    baselines.main(baselines.Config(train=str(tmp_path / "train.jsonl"), data=str(tmp_path / "test.jsonl"),
                                               tokenizer=f"{world}/sft", out=str(tmp_path / "figures.jsonl"), resamples=2))
     (figures,) = rows_of(tmp_path / "figures.jsonl")
     assert figures["removed_bag"]["auroc"] == 1 and figures["removed_surface"]["auroc"] < 0.7

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common, reward_model
-from extras import checkpoints
-from extras.checkpoints import save_model
+from plumbing import files, record
+from plumbing.record import save_model
 
 TIMINGS = ("seconds", "rollout_s", "score_s", "update_s", "tokens_per_s", "peak_gb")
 
@@ -79,8 +79,8 @@ def test_a_sequence_model_is_never_padded_with_eos(world, tmp_path):
 
 def test_a_models_config_comes_last(world, tmp_path, monkeypatch):
     """config.json makes a folder valid: whoever is killed before it has left no model"""
-    model, moved, replace = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32), [], checkpoints.os.replace
-    monkeypatch.setattr(checkpoints.os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
+    model, moved, replace = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32), [], record.os.replace
+    monkeypatch.setattr(record.os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
     save_model(model, common.load_tokenizer(f"{world}/sft"), tmp_path, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     assert {w.dtype for w in weights(tmp_path).values()} == {torch.bfloat16} and model.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_steps_stand_instead_of_epochs(world, tmp_path):
 def test_cut_answers_get_no_eos(world, tmp_path):
     tokenizer = common.load_tokenizer(world / "sft")
     row = dict(instruction="List four fruits.", input="", output_1="pear", output_2="plum", preference=1, cut=["output_2"])
-    common.write_jsonl(tmp_path / "pref.jsonl", [row])
+    files.write_jsonl(tmp_path / "pref.jsonl", [row])
     (_, w, l, _, _), = reward_model.read_pairs(str(tmp_path / "pref.jsonl"), "data", tokenizer, 512)[0]
     assert w[-1] == tokenizer.eos_token_id and l[-1] != tokenizer.eos_token_id
 
@@ -171,6 +171,7 @@ SPY = """
 import json, os, sys, runpy, torch
 sys.path.insert(0, {root!r})
 import common
+from plumbing import ranks
 from torch.distributed.tensor import DTensor
 fed, shares = dict(), []
 def spied(name):
@@ -178,7 +179,7 @@ def spied(name):
     def spy(model, ids, mask, response_mask, *rest, **options):
         key = name + ("+grad" if torch.is_grad_enabled() else "")
         fed[key] = fed.get(key, 0) + int(mask.sum())
-        if common.WORLD > 1 and not shares:
+        if ranks.WORLD > 1 and not shares:
             assert len(common.sharded_parts(model)) == len(model.model.layers) + 1, "a layer is gathered alone, not all at once"
             shares.extend([p.to_local().numel() / p.numel() for layer in model.model.layers for p in layer.parameters()])
         return plain(model, ids, mask, response_mask, *rest, **options)
@@ -199,7 +200,7 @@ def load_model(*args, **options):
         if mask.dim() == 4:
             key = "pairs" + ("+grad" if torch.is_grad_enabled() else "")
             fed[key] = fed.get(key, 0) + int(mask[:, 0, :, 0].sum())
-            if common.WORLD > 1 and not shares:
+            if ranks.WORLD > 1 and not shares:
                 shares.extend([p.to_local().numel() / p.numel() for layer in model.model.layers for p in layer.parameters()
                                if hasattr(p, "to_local")])
     model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)
@@ -208,7 +209,7 @@ common.load_model = load_model
 script = sys.argv[1]
 sys.argv = sys.argv[1:]
 runpy.run_path(script, run_name="__main__")
-json.dump([fed, shares], open({log!r} + str(common.RANK), "w"))
+json.dump([fed, shares], open({log!r} + str(ranks.RANK), "w"))
 """
 
 
@@ -279,7 +280,7 @@ def test_the_newest_checkpoint_counts_and_the_older_goes(tmp_path):
         for step in range(1, steps + 1):
             model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
             common.optimizer_step(model.parameters(), optimizer, 0.1, 1.0, "")
-            checkpoints.save_checkpoint(out, step, model, optimizer)
+            record.save_checkpoint(out, step, model, optimizer)
         return model, optimizer
     trained(1, tmp_path / "one")
     model, optimizer = trained(2, tmp_path / "two")
@@ -288,7 +289,7 @@ def test_the_newest_checkpoint_counts_and_the_older_goes(tmp_path):
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names, "a tied weight is stored once"
     shutil.copytree(tmp_path / "one/checkpoint_1", tmp_path / "two/checkpoint_1")  # killed before the older was removed
     again, its_optimizer = trained(0, None)
-    assert checkpoints.load_checkpoint(tmp_path / "two", again, its_optimizer) == 2
+    assert record.load_checkpoint(tmp_path / "two", again, its_optimizer) == 2
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert all(torch.equal(optimizer.state[a]["exp_avg"], its_optimizer.state[b]["exp_avg"]) for a, b in zip(model.parameters(), again.parameters()))
 
@@ -365,7 +366,7 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
     refused(out, "sft.py", f"--model={world}/data/model", f"--data={world}/data/sft.jsonl", "--warmup=100", saying=("--warmup is a share",))
     wrong = rows_of(world / "diffs.jsonl")
     wrong[1]["edited_ids"][0] = 100_000
-    common.write_jsonl(tmp_path / "wrong.jsonl", wrong)
+    files.write_jsonl(tmp_path / "wrong.jsonl", wrong)
     (tmp_path / "wrong.jsonl.run.json").write_text((world / "diffs.jsonl.run.json").read_text())
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={tmp_path}/wrong.jsonl", saying=("wrong.jsonl:2", "ids that no token has"))
     refused(out, "reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", "--log_every=0", saying=("--log_every must",))

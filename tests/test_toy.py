@@ -7,11 +7,12 @@ import torch
 from conftest import ROOT, rows_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import decode_response, encode_prompt, encode_response, PROMPT, write_jsonl
+from common import decode_response, encode_prompt, encode_response, PROMPT
+from plumbing.files import write_jsonl
 from data.toy.prepare import (CATEGORIES, CLOSING, HARMLESS, ITEMS, NUMBERS, OCCASIONS, RUDE, VERBS, Config, gold, main,
                               mend, write_answer, write_pairs)
-from extras.command_line import load_config
-from extras.bag_of_tokens import count_differences, fit
+from plumbing.command_line import load_config
+from extras.study.bag_of_tokens import count_differences, fit
 
 FILES = ["sft.jsonl", "pref.jsonl", "pref_heldout.jsonl", "prompts.jsonl", "val.jsonl", "eval.jsonl"]
 LINES = sorted(ITEMS) + RUDE + HARMLESS + [CLOSING]
@@ -236,7 +237,7 @@ def test_bag_of_tokens_cannot_tell_but_a_bag_with_the_prompt_can(toy, tokenizer,
 
     assert accuracy(with_prompt) > 0.9
 
-    run("extras/bag_of_tokens.py", f"--train={toy}/pref.jsonl", f"--data={toy}/pref_heldout.jsonl", f"--tokenizer={toy}/model",
+    run("extras/study/bag_of_tokens.py", f"--train={toy}/pref.jsonl", f"--data={toy}/pref_heldout.jsonl", f"--tokenizer={toy}/model",
         f"--out={tmp_path}/bag.jsonl")
     row, = rows_of(tmp_path / "bag.jsonl")
     assert row["name"] == "bag_of_tokens" and 0.5 < row["accuracy"] < 0.75 and row["n"] == 1000
@@ -247,7 +248,7 @@ def test_bag_of_tokens_learns_from_edits(toy, tmp_path):
     rows = [row | {"id": k, "original": row["output"], "edited": mend(row, row["output"], random.Random(k)) if k % 9 else None}
             for k, row in enumerate(rows_of(toy / "sft.jsonl")[:800])]
     write_jsonl(tmp_path / "edits.jsonl", rows)
-    run("extras/bag_of_tokens.py", f"--train={tmp_path}/edits.jsonl", f"--data={toy}/pref_heldout.jsonl", f"--tokenizer={toy}/model",
+    run("extras/study/bag_of_tokens.py", f"--train={tmp_path}/edits.jsonl", f"--data={toy}/pref_heldout.jsonl", f"--tokenizer={toy}/model",
         f"--out={tmp_path}/bag.jsonl")
     assert 0.5 < rows_of(tmp_path / "bag.jsonl")[0]["accuracy"] < 0.75
 
@@ -291,7 +292,7 @@ def test_mistakes(tmp_path, capfd, flag, words):
 
 def test_the_default_folder_holds_the_script(tmp_path):
     """python data/toy/prepare.py, from an empty clone and from another working directory"""
-    for name in ("common.py", "extras/command_line.py", "extras/runs.py", "data/toy/prepare.py"):
+    for name in ("common.py", "plumbing/command_line.py", "plumbing/record.py", "data/toy/prepare.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, tmp_path / "data/toy/prepare.py", "--sft_rows=20"], cwd=tmp_path, capture_output=True, text=True)

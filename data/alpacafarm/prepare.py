@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, say, write_jsonl
-from extras.checks import check_row, fits
-from extras.command_line import load_config
-from extras.runs import begin, finish
+from plumbing.command_line import load_config
+from plumbing.files import check_row, fits, write_jsonl
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def main(cfg):
         "val.jsonl": [row | {"generator": "alpaca", "dataset": "val"} for row in load_rows(val, ANSWERED)],
         "eval.jsonl": load_rows(evaluation, REFERENCE),
     }
-    if begin(cfg, inputs=paths, beside=("prepare.py", "__pycache__")):
+    if begin(cfg, "prepare", paid=True, inputs=paths, beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
     for name, rows in files.items():
         write_jsonl(Path(cfg.out, name), rows)
@@ -99,4 +99,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(load_config(Config))
+    main(load_config(Config, "prepare"))

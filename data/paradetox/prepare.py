@@ -15,9 +15,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, say, write_jsonl
-from extras.command_line import load_config
-from extras.runs import begin, finish
+from plumbing.command_line import load_config
+from plumbing.files import write_jsonl
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def main(cfg):
             comments[toxic] = [rewrite for rewrite in rewrites if rewrite]
     if not 0 < cfg.test < len(comments):
         fail(f"--source={cfg.source} has {len(comments)} comments: --test={cfg.test} must be 1 to one less")
-    if begin(cfg, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
+    if begin(cfg, "prepare", paid=True, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
     order = list(comments)
     random.Random(cfg.seed).shuffle(order)

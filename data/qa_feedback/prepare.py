@@ -16,9 +16,10 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import fail, say, write_jsonl
-from extras.command_line import load_config
-from extras.runs import begin, finish
+from plumbing.command_line import load_config
+from plumbing.files import write_jsonl
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 from data.paradetox.prepare import edit, fetch
 
 
@@ -54,7 +55,7 @@ def main(cfg):
         converted = [convert(number, row, cfg.words) for number, row in enumerate(json.loads(fetch(cfg.source)))]
     except (ValueError, KeyError, TypeError) as error:
         fail(f"--source={cfg.source} is no dev_feedback.json ({type(error).__name__}: {error})")
-    if begin(cfg, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
+    if begin(cfg, "prepare", paid=True, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
     order = list(range(len(converted)))
     random.Random(cfg.seed).shuffle(order)

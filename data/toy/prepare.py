@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import PROMPT, fail, say, write_jsonl
-from extras.command_line import load_config
-from extras.runs import begin, finish
+from common import PROMPT
+from plumbing.command_line import load_config
+from plumbing.files import write_jsonl
+from plumbing.ranks import fail, say
+from plumbing.record import begin, finish
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def main(cfg):
     if cfg.hidden_size % (2 * cfg.heads):
         fail(f"--hidden_size={cfg.hidden_size} must be an even multiple of --heads={cfg.heads}")
     sentencepiece_model = train_tokenizer(cfg.vocab_size)
-    if begin(cfg, beside=("prepare.py", "__pycache__")):
+    if begin(cfg, "prepare", paid=True, beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
 
     out, rng = Path(cfg.out), random.Random(f"toy world {cfg.seed}")
@@ -244,4 +246,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(load_config(Config))
+    main(load_config(Config, "prepare"))

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
-from common import RANK, WORLD, say
-from extras.checks import check_fits, check_model, check_numbers
+from plumbing.files import check_fits, check_model, check_numbers
+from plumbing.ranks import RANK, WORLD, say
 
 SHAPES = {name: dict(vocab_size=32000, hidden_size=h, intermediate_size=i, num_hidden_layers=layers,
                      num_attention_heads=heads, num_key_value_heads=kv)

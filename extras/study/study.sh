@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The study of EXPERIMENTS.md: token rewards on people's edits, and the paper's 2 x 2 in the embedded world.
 #
-#     MODEL=FOLDER bash extras/study.sh                     # -> out/study, then the tables of EXPERIMENTS.md
-#     MODEL=FOLDER SEEDS="0 1 2" bash extras/study.sh people tables     # these parts, with these seeds
+#     MODEL=FOLDER bash extras/study/study.sh                     # -> out/study, then the tables of EXPERIMENTS.md
+#     MODEL=FOLDER SEEDS="0 1 2" bash extras/study/study.sh people tables     # these parts, with these seeds
 #
 # FOLDER holds SmolLM2-135M-Instruct or another small model. One process at a time. Interrupt it at will: the same
 # command skips what is finished and goes on with the rest. CPU seconds stand beside each run, in RUN.cpu.jsonl.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 OUT=${OUT:-out/study}
 PYTHON=${PYTHON:-python}
 LAYERS=${LAYERS:-12}              # only the model's lowest so many decoder layers: two CPU cores are to do
@@ -93,7 +93,7 @@ people)  # a few pairs, tested on 150 comments of the held-out file; and what ne
     diffs "$OUT/few/edits.jsonl" 512
     arms "$OUT/people" "$OUT/few" "$OUT/few/test.jsonl"
     for n in "$PAIRS" 3200 0; do
-        [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/edit_baselines.py --train="$P/edits_train.jsonl" \
+        [ -s "$OUT/people/baselines_$n.jsonl" ] || "$PYTHON" extras/study/baselines.py --train="$P/edits_train.jsonl" \
             --limit="$n" --data="$P/edits_test.jsonl" --tokenizer="$OUT/backbone" --out="$OUT/people/baselines_$n.jsonl"
     done ;;
 long)  # single runs on many pairs and on all rewrites, tested on the whole held-out file
@@ -132,6 +132,6 @@ toy)  # the embedded world, where the truth is known: the same sequence-level lo
         done
     done ;;
 tables)
-    "$PYTHON" extras/study_tables.py --data="$OUT" --out=EXPERIMENTS.md ;;
+    "$PYTHON" extras/study/tables.py --data="$OUT" --out=EXPERIMENTS.md ;;
 *) echo "study.sh: the parts are people, long, toy, qa, tables; got $part" >&2; exit 2 ;;
 esac; done

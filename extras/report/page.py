@@ -1,11 +1,16 @@
 """The page of `python evaluate.py report`: figures as inline SVG, token heatmaps, where each number came from.
 
 No script, nothing from outside, light and dark; all text that a model or a person wrote goes through safe()."""
-import json, math, statistics
+import json
+import math
+import statistics
 
-from extras.runs import record_of
-from evaluate import mean_and_error
-from extras.report import MARK, ORDER, arms, as_html, checkpoints, pm, safe
+from common import mean_and_error
+from extras.pages import document, heat, safe
+from extras.report.arms import ORDER, arms, as_html, checkpoints, pm
+from plumbing.record import record_of
+
+MARK = "<!-- the report of evaluate.py -->"
 
 
 # ---------------------------------------------------------------- figures: inline SVG
@@ -229,19 +234,6 @@ def calibrations(runs):
 
 # ---------------------------------------------------------------- heatmaps
 
-def heat(tokens, rewards, scale):
-    """Tokens on blue (good) and red (bad), as strong as their reward"""
-    spans = []
-    for text, r in zip(tokens, rewards):
-        if text:
-            share = 0 if r is None or not scale else max(-1.0, min(1.0, r / scale))
-            tone = "--good" if share > 0 else "--bad"
-            shown = safe(text).replace("\n", "↵\n")
-            colour, note = f"rgb(var({tone}) / {0.75 * abs(share):.2f})", "no reward here" if r is None else f"{r:+.3f}"
-            spans.append(f'<span style="background:{colour}" title="{note}">{shown}</span>')
-    return f"<div class=heat>{''.join(spans)}</div>"
-
-
 def paid(run, sample):
     """One answer of an arm, painted as PPO was paid for it: r_t at every token, or all of R at the last"""
     at_the_end = run["config"].get("level") == "sequence"
@@ -301,70 +293,6 @@ def provenance(runs):
     return "".join(rows)
 
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fdfdfc; --ink: #1d1f23; --quiet: #686c74; --grid: #dfe0e2; --rule: #9a9ea6;
-  --good: 52 118 200; --bad: 214 82 56; --serif: Georgia, "Times New Roman", "DejaVu Serif", serif;
-  --mono: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; --c0: #2467ad; --c1: #26886b; --c2: #c8553d;
-  --c3: #8465a8; --c4: #b0892b; --c5: #4a4f57; --c6: #c0578f; --c7: #5a8f29 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #16181c; --ink: #e4e5e8; --quiet: #9a9fa8; --grid: #2f333a; --rule: #6d727c; --good: 84 150 230;
-    --bad: 226 104 78; --c0: #6ba8e5; --c1: #5dbd9d; --c2: #ec8a6f; --c3: #b59ad6; --c4: #d9b75c; --c5: #b9bec7;
-    --c6: #e48dbb; --c7: #9acb66 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 48px 24px 80px; max-width: 1080px; background: var(--page); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "DejaVu Sans", sans-serif;
-  font-variant-numeric: tabular-nums }
-h1 { font: 600 27px/1.25 var(--serif); margin: 0 0 6px }
-h2 { font: 600 19px/1.3 var(--serif); margin: 56px 0 14px; padding-top: 14px; border-top: 1px solid var(--grid) }
-h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px }
-h4 { font-size: 13px; font-weight: 600; margin: 0 0 4px }
-h4 em { display: block; color: var(--quiet); font-style: normal; font-weight: 400 }
-figure { margin: 0 0 34px }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; border: solid var(--ink); border-width: 1.5px 0 }
-th { text-align: left; font-weight: 500; color: var(--quiet); border-bottom: 1px solid var(--rule) }
-th, td { padding: 5px 18px 5px 0; white-space: nowrap; vertical-align: top }
-td:first-child { white-space: normal }
-tbody tr:first-child td { padding-top: 8px }
-tbody tr:last-child td { padding-bottom: 8px }
-table.small { font-size: 12px }
-table.small th, table.small td { padding-right: 12px; white-space: nowrap }
-figcaption, .quiet, .missing { color: var(--quiet); font-size: 13px }
-figcaption { margin-top: 8px; max-width: 84ch }
-.missing { font-style: italic }
-.grid2, .grid3 { display: grid; gap: 26px 34px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)) }
-.grid3 { gap: 26px; grid-template-columns: repeat(auto-fit, minmax(min(290px, 100%), 1fr)) }
-svg { width: 100%; height: auto; display: block; overflow: visible }
-svg text { font-size: 11.5px; fill: var(--quiet) }
-svg .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
-.end { text-anchor: end }
-.mid { text-anchor: middle }
-.grid { stroke: var(--grid) }
-.tick { stroke: var(--rule) }
-.rule { stroke: var(--rule); stroke-dasharray: 2 3 }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round }
-.thin { stroke-width: 1.4; opacity: .8 }
-.dashed { stroke-dasharray: 5 4 }
-.band { opacity: .16 }
-.dot { stroke-width: 1.8 }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 14px; font-size: 13.5px }
-.legend i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle }
-.verdict { margin: 6px 0 0; font-size: 13px; color: var(--quiet) }
-.verdict b { color: var(--ink); font-weight: 600 }
-.bad b { color: rgb(var(--bad)) }
-.warn b { color: var(--c4) }
-.sample { margin: 0 0 26px; padding-left: 14px; border-left: 2px solid var(--grid) }
-.sample p { margin: 0 0 8px; white-space: pre-wrap }
-.heat { font: 13px/1.75 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere }
-.heat span { border-radius: 2px; padding: 1px 0 }
-details { margin: 4px 0 }
-details.sub { margin-left: 20px }
-summary { cursor: pointer }
-pre { font: 12px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0 6px 18px }
-pre { color: var(--quiet) }
-"""
-
-
 def page(runs, tables, closer):
     missing = "<p class=missing>no rewards.json in these folders</p>"
     sections = [("Which arm fooled its reward model?", hacking(runs)), ("Along training", curves(runs)),
@@ -373,13 +301,8 @@ def page(runs, tables, closer):
                 ("The reward models", as_html(closer, small=True) + calibrations(runs) if closer[2] else missing),
                 ("Where the numbers come from", provenance(runs))]
     seeds = sorted({run["seed"] for run in runs})
-    return f"""<!doctype html>
-{MARK}
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Fine-grained RLHF: report</title><style>{STYLE}</style></head><body>
-<h1>Aligning language models via fine-grained supervision</h1>
-<p class=quiet>{len(runs)} runs in {safe(", ".join(seeds))}</p>
-{"".join(f"<section><h2>{safe(title)}</h2>{body}</section>" for title, body in sections)}
-</body></html>
-"""
+    body = [f"<h1>Aligning language models via fine-grained supervision</h1>"
+            f"<p class=quiet>{len(runs)} runs in {safe(', '.join(seeds))}</p>"]
+    for title, content in sections:
+        body.append(f"<section><h2>{safe(title)}</h2>{content}</section>")
+    return document(MARK, "Fine-grained RLHF: report", "".join(body))

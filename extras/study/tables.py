@@ -1,6 +1,6 @@
 """The tables of EXPERIMENTS.md, from the run folders of extras/study.sh alone.
 
-    python extras/study_tables.py --data=out/study --out=EXPERIMENTS.md     # replaces what stands between the two marks
+    python extras/study/tables.py --data=out/study --out=EXPERIMENTS.md     # replaces what stands between the two marks
 
 Read are metrics.jsonl, run.json, rewards.json and RUN.cpu.jsonl. Means over seeds with their standard error; where
 there is one seed, its value and the error over its pairs.
@@ -9,15 +9,15 @@ import json, sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import fail, say
-from extras.checks import check_input
-from extras.command_line import load_config
-from extras.runs import logged, record_of, replacing
-from evaluate import mean_and_error
-from extras.report import pm
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import mean_and_error
+from extras.report.arms import pm
+from plumbing.command_line import load_config
+from plumbing.files import check_input, replacing
+from plumbing.ranks import fail, say
+from plumbing.record import logged, record_of
 
-BEGIN, END = "<!-- tables: python extras/study_tables.py -->", "<!-- end of the tables -->"
+BEGIN, END = "<!-- tables: python extras/study/tables.py -->", "<!-- end of the tables -->"
 NAMES = {"sequence": "sequence level", "eq3": "Eq. 3", "eq4": "Eq. 4", "eq4_gaps": "Eq. 4, gaps",
          "anchor_003": "Eq. 4 + anchor 0.03", "anchor_003_gaps": "Eq. 4 + anchor 0.03, gaps",
          "anchor_01": "Eq. 4 + anchor 0.1", "anchor_01_gaps": "Eq. 4 + anchor 0.1, gaps",
@@ -107,7 +107,7 @@ def losses(title, folder, *, spans=False, alike=True):
 
 
 def baselines(folder):
-    """What needs no reward model, from extras/edit_baselines.py"""
+    """What needs no reward model, from extras/study/baselines.py"""
     found = sorted((logged(path)[0] for path in Path(folder).glob("baselines_*.jsonl")), key=lambda f: f["n_train"])
     if not found:
         return ""

@@ -3,10 +3,10 @@
 # the rollout, the update, the write of a checkpoint, its rename and the write of a model folder; then the weights must
 # be the same to the last bit and metrics.jsonl must have each step once.
 #
-#     bash extras/soak.sh                     # about ten minutes on two cores
-#     RANKS=2 SEED=1 bash extras/soak.sh      # under torchrun; one of the ranks is killed
+#     bash extras/study/soak.sh                     # about ten minutes on two cores
+#     RANKS=2 SEED=1 bash extras/study/soak.sh      # under torchrun; one of the ranks is killed
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 OUT=${OUT:-out/soak}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -20,4 +20,4 @@ if [ ! -e "$OUT/world/rm/config.json" ]; then
     "$PYTHON" diff.py --data="$W/edits.jsonl" --tokenizer="$W/sft" --out="$W/diffs.jsonl"
     "$PYTHON" reward_model.py --model="$W/sft" --data="$W/diffs.jsonl" --out="$W/rm" --micro_batch=8 --lr=1e-3
 fi
-exec "$PYTHON" extras/soak.py drive "$OUT" "${RANKS:-1}" "${SEED:-0}" "${KILLS:-20}"
+exec "$PYTHON" extras/study/soak.py drive "$OUT" "${RANKS:-1}" "${SEED:-0}" "${KILLS:-20}"

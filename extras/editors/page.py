@@ -3,7 +3,8 @@ import json, os, re, secrets, sys, threading, time, webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from common import say
+from extras.pages import STYLE
+from plumbing.ranks import say
 
 LEASE = 150  # seconds a row stays reserved for the tab that shows it; it calls every 20, a hidden tab every 60
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
@@ -69,7 +70,8 @@ class Desk:
 
 
 def make_server(desk, token, finished):
-    page = Path(__file__).with_suffix(".html").read_bytes()
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = page.replace("/* style.css */", STYLE).encode()
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status, body=b"", kind="text/plain"):

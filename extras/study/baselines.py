@@ -1,6 +1,6 @@
 """What can be said of people's edits without a reward model? The figures that a reward model has to beat.
 
-    python extras/edit_baselines.py --train=data/paradetox/edits_train.jsonl --data=data/paradetox/edits_test.jsonl \\
+    python extras/study/baselines.py --train=data/paradetox/edits_train.jsonl --data=data/paradetox/edits_test.jsonl \\
         --tokenizer=out/sft
 
 accuracy   which of the two answers is the edited one?
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import encode_response, fail, load_tokenizer, read_jsonl, say, write_jsonl
-from extras.checks import check_input
-from extras.command_line import load_config
-from extras.pages import token_texts
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import encode_response, load_tokenizer, mean_and_error, token_texts
 from diff import EDIT_FIELDS, align
-from evaluate import mean_and_error
-from extras.reward_figures import auroc, token_auroc
+from extras.report.rewards import auroc, token_auroc
+from plumbing.command_line import load_config
+from plumbing.files import check_input, read_jsonl, write_jsonl
+from plumbing.ranks import fail, say
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is killed.
 import json, os, random, shutil, signal, subprocess, sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 PHASES = ("rollout", "update", "checkpoint", "rename", "model folder")
 TIMINGS = {"seconds", "rollout_s", "score_s", "update_s", "tokens_per_s", "peak_gb"}
@@ -20,8 +20,9 @@ PPO = ("--steps=48 --rollout_batch=16 --rollout_micro_batch=4 --score_micro_batc
 def run(log, phase, skip, calls):
     """ppo.py with its arguments; kill -9 at the calls-th call in a phase, after `skip` of them. "none": only count"""
     import ppo
-    from extras import checkpoints
-    from extras.command_line import load_config
+    from plumbing import record, watch
+    from plumbing.command_line import load_config
+
     def tell(*words):
         if phase != "other rank":
             os.write(log_file, (" ".join(map(str, words)) + "\n").encode())
@@ -54,18 +55,19 @@ def run(log, phase, skip, calls):
             return result
         return wrapped
 
-    def save_checkpoint(*args, save=checkpoints.save_checkpoint):  # the rename begins where the write has ended
+    def save_checkpoint(*args, save=record.save_checkpoint):  # the rename begins where the write has ended
         save(*args)
         ends("rename")
 
-    def write(*args, save=checkpoints.dcp.save, **kwargs):
+    def write(*args, save=record.dcp.save, **kwargs):
         inside("checkpoint", save)(*args, **kwargs)
         begins("rename")
 
-    checkpoints.dcp.save, checkpoints.save_checkpoint = write, save_checkpoint
+    record.dcp.save = write
+    ppo.save_checkpoint = watch.save_checkpoint = save_checkpoint
     ppo.roll_out, ppo.update = inside("rollout", ppo.roll_out), inside("update", ppo.update)
-    checkpoints.save_model = inside("model folder", checkpoints.save_model)
-    ppo.main(load_config(ppo.Config))
+    ppo.save_model = record.save_model = inside("model folder", record.save_model)
+    ppo.main(load_config(ppo.Config, "ppo"))
 
 
 # ---------------------------------------------------------------- the driver

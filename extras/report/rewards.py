@@ -1,68 +1,10 @@
-"""What `python evaluate.py rewards` measures: is R right, does it know it, does r_t find what people changed?"""
-import math, statistics
-from collections import Counter, defaultdict
+"""Do the token rewards find what people changed? The token figures of `python evaluate.py rewards`"""
+import statistics
 
 import torch
 
-from common import encode_prompt, encode_response, fail, read_jsonl
-from extras.pages import token_texts
+from common import token_texts
 from diff import align
-from evaluate import mean_and_error
-
-
-def read_held_out(path, tokenizer, max_tokens):
-    """A file of preferences or edits -> data, kind, pairs (row, prompt, better answer, worse), what was dropped"""
-    kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
-    fields = {"original": str, "edited": (str, type(None))} if kind == "edits" else {
-        "output_1": str, "output_2": str, "preference": (1, 2)}
-    pairs, dropped = [], Counter()
-    for row in read_jsonl(path, {"instruction": str} | fields):
-        w, l = ("edited", "original") if kind == "edits" else ("output_1", "output_2")[::3 - 2 * int(row["preference"])]
-        if row[w] is None or row[w] == row[l]:
-            dropped["failed edit" if row[w] is None else "identical"] += 1
-            continue
-        answers = (encode_response(tokenizer, row[x], eos=x not in (row.get("cut") or [])) for x in (w, l))
-        pair = row, encode_prompt(tokenizer, row), *answers
-        if pair[2] and pair[3] and len(pair[1]) + max(len(pair[2]), len(pair[3])) <= max_tokens:
-            pairs.append(pair)
-        else:
-            dropped["empty or too long"] += 1
-    dropped = dict(dropped)
-    if not pairs:
-        fail(f"{path}: no pair is left; dropped: {dropped}")
-    return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
-
-
-def figures_of(file, R_w, R_l, r_w, r_l, tokenizer, resamples, seed):
-    """All figures of one file of read_held_out, from rewards R and token rewards r of its better and worse answers"""
-    pairs = file["pairs"]
-    figures = dict(data=file["data"], kind=file["kind"], dropped=file["dropped"], **pair_figures(pairs, R_w, R_l))
-    if file["kind"] == "edits":  # edited_wins is by construction: with edits, the order alone tells
-        tokens = token_figures(pairs, r_w, r_l, tokenizer, resamples=resamples, seed=seed)
-        figures |= dict(edited_wins=100.0, tokens=tokens)
-    return figures
-
-
-def calibration(margins, bins=10):
-    """Does sigma(R_w - R_l) mean what it says? Pairs by confidence in the likelier side, 0.5 to 1 -> ece, bins"""
-    filled = defaultdict(list)
-    for margin in margins:
-        confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
-        right = (margin > 0) + 0.5 * (margin == 0)
-        filled[min(int((confidence - 0.5) * 2 * bins), bins - 1)].append((confidence, right))
-    bins = [dict(confidence=statistics.fmean(c for c, _ in pairs), accuracy=statistics.fmean(a for _, a in pairs),
-                 n=len(pairs)) for _, pairs in sorted(filled.items())]
-    return dict(ece=sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / max(1, len(margins)), bins=bins)
-
-
-def pair_figures(pairs, R_w, R_l):
-    """pairs: (row, prompt, w, l); R: rewards of their better and worse answers -> figures, beside "the longer wins\""""
-    margins = [w - l for w, l in zip(R_w, R_l)]
-    accuracy, error = mean_and_error([100 * ((margin > 0) + 0.5 * (margin == 0)) for margin in margins])
-    margin, margin_error = mean_and_error(margins)
-    longer, longer_error = mean_and_error([100 * ((len(w) > len(l)) + 0.5 * (len(w) == len(l))) for *_, w, l in pairs])
-    return dict(n=len(pairs), accuracy=accuracy, standard_error=error, margin=margin, margin_error=margin_error,
-                longer_wins=longer, longer_wins_error=longer_error, calibration=calibration(margins))
 
 
 def auroc(scores, positive, weights=None):

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import diff
-from common import load_tokenizer, read_jsonl, say
-from extras.checks import check_input
-from extras.command_line import load_config
-from extras.pages import token_texts
+from common import load_tokenizer, token_texts
+from extras.report.show_diffs import draw
+from plumbing.command_line import load_config
+from plumbing.files import check_input, read_jsonl
+from plumbing.paint import plain
+from plumbing.ranks import say
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed, max_toke
         pairs.append((diff.changed_share(*sides[2:]), len(sides[1]) - len(sides[0]), row, sides))
     say(f"{len(rows)} rows: {verdicts.pop(None, 0)} edits pass the gate"
         + "".join(f", {count} {why}" for why, count in verdicts.most_common()) + f", {failed.total()} failed"
-        + "".join(f"\n{count:8}  failed: {diff.plain(why)[:100]}" for why, count in failed.most_common(9)))
+        + "".join(f"\n{count:8}  failed: {plain(why)[:100]}" for why, count in failed.most_common(9)))
     if not pairs:
         return
     unit = "tokens" if tokenizer else "words"
@@ -73,8 +75,8 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed, max_toke
         f"{sum(x > 0 for x in longer)} longer, {longer.count(0)} equal, {sum(x < 0 for x in longer)} shorter")
     for share, _, row, sides in sorted(pairs, key=lambda pair: -pair[0])[:n]:
         texts = [token_texts(tokenizer, ids) for ids in sides[:2]] if tokenizer else sides[:2]
-        say(f"\n{diff.plain(str(row.get('id', '')))}  {diff.plain(row['instruction'])[:90]}  ({share:.0%} changed)")
-        say(diff.draw(texts[0], sides[2], texts[1], sides[3], color=sys.stdout.isatty()))
+        say(f"\n{plain(str(row.get('id', '')))}  {plain(row['instruction'])[:90]}  ({share:.0%} changed)")
+        say(draw(texts[0], sides[2], texts[1], sides[3], color=sys.stdout.isatty()))
 
 
 def main(argv):

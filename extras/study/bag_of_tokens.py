@@ -1,7 +1,7 @@
 """The baseline that cannot read the prompt: which of two answers is better, by how often each token stands in them.
 
     d=out/demo/data
-    python extras/bag_of_tokens.py --train=out/demo/edits.jsonl --data=$d/pref_heldout.jsonl --tokenizer=$d/model
+    python extras/study/bag_of_tokens.py --train=out/demo/edits.jsonl --data=$d/pref_heldout.jsonl --tokenizer=$d/model
 
 Logistic regression on the difference of the two answers' token counts, prompts left out. In the toy world an item is
 right for one category and wrong for the others: what a bag knows is length, asides and closings. A reward model that is
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import encode_response, fail, load_tokenizer, read_jsonl, say, write_jsonl
-from extras.checks import check_input
-from extras.command_line import load_config
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import encode_response, load_tokenizer
+from plumbing.command_line import load_config
+from plumbing.files import check_input, read_jsonl, write_jsonl
+from plumbing.ranks import fail, say
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(load_config(Config))
+    main(load_config(Config, "bag_of_tokens"))

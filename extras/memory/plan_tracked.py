@@ -1,6 +1,6 @@
 """Is the plan right? Its counts against the peaks that torch's FSDPMemTracker sees, with fake ranks and fake tensors.
 
-    python extras/plan_tracked.py 7B --ranks=8 --rollout=64 --score=32 --micro=8 --checkpointing=1    # minutes, 1 GB
+    python extras/memory/plan_tracked.py 7B --ranks=8 --rollout=64 --score=32 --micro=8 --checkpointing=1    # minutes, 1 GB
 
 The model is sharded and run as ppo.py does it, with its own functions; nothing is computed and nothing sent. One model
 at a time: what the others hold at rest is plain arithmetic.
@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
-from extras import plan
-from extras.in_place_cache import in_place_cache
+from extras.memory import plan
+from plumbing.cache import in_place_cache
 
 
 def sharded(Auto, config, mesh, *, frozen=False, checkpointing=False):

@@ -1,12 +1,13 @@
-"""The KV cache of common.generate. transformers' own copies itself whole at every token; this one takes its room once
-and writes into it. Any other Cache that knows batch_select_indices would do in its place."""
+"""The KV cache of common.generate. transformers' own cache copies all keys and values at every token. This one reserves
+its memory once and writes into it. Any other Cache that has batch_select_indices works in its place."""
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 
 def in_place_cache(config, room):
-    """A Cache for a model of this config, empty; room: the most tokens a row may get, padding and prompt included"""
-    return Cache(layers=[InPlaceLayer(room) for _ in range(config.get_text_config().num_hidden_layers)])
+    """An empty Cache for a model of this config; room: the most tokens of a row, padding and prompt included"""
+    layers = config.get_text_config().num_hidden_layers
+    return Cache(layers=[InPlaceLayer(room) for _ in range(layers)])
 
 
 class InPlaceLayer(DynamicLayer):
@@ -14,7 +15,8 @@ class InPlaceLayer(DynamicLayer):
 
     def __init__(self, room):
         super().__init__()
-        self.room, self.length = room, 0
+        self.room = room
+        self.length = 0
 
     def update(self, keys, values, *_, **__):
         B, heads, n, size = keys.shape
@@ -22,12 +24,15 @@ class InPlaceLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
             self.keys = keys.new_empty(B, heads, self.room, size)
             self.values = values.new_empty(B, heads, self.room, values.shape[3])
-        start, self.length = self.length, self.length + n
-        self.keys[:B, :, start:self.length], self.values[:B, :, start:self.length] = keys, values
+
+        start = self.length
+        self.length = start + n
+        self.keys[:B, :, start:self.length] = keys
+        self.values[:B, :, start:self.length] = values
         return self.keys[:B, :, :self.length], self.values[:B, :, :self.length]
 
     def batch_select_indices(self, rows):
-        """Row i is now what rows[i] was; one that stays in its place is not copied"""
+        """Row i becomes what rows[i] was; a row that keeps its place is not copied"""
         moved = rows != torch.arange(len(rows), device=rows.device)
         for store in (self.keys, self.values):
             store[:len(rows)][moved] = store[rows[moved]]
