@@ -54,7 +54,7 @@ def load_tokenizer(path):
 
 
 @functools.cache
-def lead(tokenizer):
+def response_prefix(tokenizer):
     """A response follows a ':', it does not begin a text. Where sentencepiece would put its dummy space before it, we
     encode it behind a newline (a byte token, which never merges) and take that away again. -> text, ids before it."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
@@ -73,7 +73,7 @@ def encode_prompt(tokenizer, row):
 
 def encode_response(tokenizer, text, *, eos=True):
     """A response, as a rollout would hold it -> ids. eos=False: it was cut, it did not end by itself."""
-    before, ids_before = lead(tokenizer)
+    before, ids_before = response_prefix(tokenizer)
     text = whole_characters(text)
     ids = tokenizer.encode(before + text, add_special_tokens=False, split_special_tokens=True)  # a "</s>" in it is text
     return ids[len(ids_before):] + [tokenizer.eos_token_id] * eos
@@ -81,7 +81,7 @@ def encode_response(tokenizer, text, *, eos=True):
 
 def decode_response(tokenizer, ids):
     """The exact inverse: ids, up to a final EOS -> text"""
-    before, ids_before = lead(tokenizer)
+    before, ids_before = response_prefix(tokenizer)
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
 
@@ -143,7 +143,7 @@ def setup(dtype="auto"):
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute
 
 
-def deal(rows, lengths, micro_batch):
+def my_micro_batches(rows, lengths, micro_batch):
     """This rank's micro-batches of an optimizer batch: lists of row numbers, rows of similar length together, the same
     number of lists on every rank (one may be empty: run any row with weight 0, for FSDP's collectives). lengths[row]:
     its tokens. Rows are dealt to and fro, so that no rank has all the long ones."""

@@ -307,8 +307,8 @@ def main(cfg):
         answers = [row["original"] for row in rows.values()]
         return claude.show_price(requests, answers, batch=cfg.batch_api)
 
-    free = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit")
-    begin(cfg, "edit", free=free, paid=True)
+    unimportant = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit")
+    begin(cfg, "edit", unimportant=unimportant, paid=True)
     ledger = Path(f"{cfg.out}.batches.json")  # what the Batches API works on
     if cfg.overwrite:
         ledger.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ from typing import Literal
 
 import torch
 
-from common import (deal, decode_response, encode_prompt, encode_response, generate, load_model,
+from common import (my_micro_batches, decode_response, encode_prompt, encode_response, generate, load_model,
                     load_tokenizer, mean_and_error, pack, reward_level, row_uniforms, setup,
                     token_heads, total_rewards, unsharded)
 from plumbing import claude
@@ -362,9 +362,9 @@ def judge(cfg):
     if cfg.judge == "reward_model":
         level, prompts, answers = encode_pairs(cfg, pairs)
 
-    free = ("concurrency", "batch_api", "dry_run", "micro_batch")
+    unimportant = ("concurrency", "batch_api", "dry_run", "micro_batch")
     inputs = [cfg.outputs, cfg.reference]
-    finished = begin(cfg, "evaluate", free=free, inputs=inputs, paid=True)
+    finished = begin(cfg, "evaluate", unimportant=unimportant, inputs=inputs, paid=True)
     if finished and not any(row["preference"] is None for row in logged(cfg.out)):
         return say(f"{cfg.out} is finished; nothing to do")
 
@@ -382,7 +382,7 @@ def judge(cfg):
                       for theirs, ours in pairs]
             annotator = "gold"
         else:
-            R, _ = score(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")
+            R, _ = score_responses(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")
             scores = [R[i:i + 2] for i in range(0, len(R), 2)]
             annotator = cfg.reward_model
         replies = {(i, first): verdict_of(scores[i], first) for i, first in cases}
@@ -679,7 +679,7 @@ def read_held_out(path, tokenizer, max_tokens):
 
 
 @torch.no_grad()
-def score(path, level, prompts, responses, micro_batch, dtype):
+def score_responses(path, level, prompts, responses, micro_batch, dtype):
     """A reward model's R of each response, and its r_t (lists). A sequence model has no token
     rewards; in their place are the differences between consecutive prefix scores. All ranks."""
     device, mesh, dtype = setup(dtype)
@@ -688,7 +688,7 @@ def score(path, level, prompts, responses, micro_batch, dtype):
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, responses)]
     R = torch.zeros(n, device=device)
     r = torch.zeros(n, max(map(len, responses)), device=device)
-    for part in deal(range(n), lengths, micro_batch):
+    for part in my_micro_batches(range(n), lengths, micro_batch):
         rows = part or [0]  # nothing left for this rank: a dummy row, the forward is collective
         packed = pack([prompts[i] for i in rows], [responses[i] for i in rows], device)
         heads = token_heads(model, *packed)                                         # [B, T]
@@ -761,14 +761,14 @@ def check_rewards(cfg):
 def rewards(cfg):
     level, tokenizer, files = check_rewards(cfg)
     inputs = [*cfg.data, cfg.reward_model]
-    if cfg.out and begin(cfg, "evaluate", free=("micro_batch", "json"), inputs=inputs):
+    if cfg.out and begin(cfg, "evaluate", unimportant=("micro_batch", "json"), inputs=inputs):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---- R and r_t of the better answers, then of the worse ones
     pairs = [pair for file in files for pair in file["pairs"]]
     prompts = [prompt for _, prompt, _, _ in pairs]
     answers = [w for _, _, w, _ in pairs] + [l for _, _, _, l in pairs]
-    R, r = score(cfg.reward_model, level, prompts * 2, answers, cfg.micro_batch, cfg.dtype)
+    R, r = score_responses(cfg.reward_model, level, prompts * 2, answers, cfg.micro_batch, cfg.dtype)
 
     # ---- the figures of each file
     found = []

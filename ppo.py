@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from common import (decode_response, deal, encode_prompt, epoch_order, generate, last_token, load_model,
+from common import (decode_response, my_micro_batches, encode_prompt, epoch_order, generate, last_token, load_model,
                     load_tokenizer, optimizer_step, pack, reward_level, row_uniforms, rows_at,
                     setup, token_heads, token_logprobs, token_texts, tokenizer_hash, total_rewards,
                     unsharded)
@@ -227,7 +227,7 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
         for batch in optimizer_batches(cfg, step, epoch):
             tokens = sum(len(rollout["responses"][row]) for row in batch)
             ratio_error, bad = torch.zeros((), device=device), torch.zeros(len(rollout["responses"]), device=device)
-            for part in deal(batch, rollout["lengths"], cfg.micro_batch):
+            for part in my_micro_batches(batch, rollout["lengths"], cfg.micro_batch):
                 mine = part or batch[:1]  # nothing left for this rank: any row, with weight 0
                 packed = pack(*([rollout[name][row] for row in mine] for name in ("prompts", "responses")), device)
                 mask = packed[2] & bool(part)
@@ -311,9 +311,9 @@ def main(cfg):
                if len(ids := encode_prompt(tokenizer, row)) <= cfg.query_len]
     if not prompts:
         fail(f"{cfg.data}: every prompt is longer than --query_len={cfg.query_len} tokens")
-    free = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every", "sample_every", "wandb_project",
+    unimportant = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every", "sample_every", "wandb_project",
             "plan", "gpu_gb")
-    finished = begin(cfg, "ppo", free=free, inputs=[cfg.policy, cfg.reward_model, cfg.data], prompts=len(prompts))
+    finished = begin(cfg, "ppo", unimportant=unimportant, inputs=[cfg.policy, cfg.reward_model, cfg.data], prompts=len(prompts))
     if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:  # else: more steps than last time
         return say(f"{cfg.out} is finished; nothing to do")
     mirror = watch.mirror(cfg)
@@ -352,11 +352,11 @@ def main(cfg):
 
         # ------------------------------------------------------------ score
         texts = (batch_prompts, responses, device)
-        parts = [part for b in optimizer_batches(cfg, step, 0) for part in deal(b, lengths, cfg.micro_batch)]
+        parts = [part for b in optimizer_batches(cfg, step, 0) for part in my_micro_batches(b, lengths, cfg.micro_batch)]
         old_logprobs, ref_logprobs = (  # [rows, T], in the first epoch's own micro-batches: the first ratio is 1
             score(lambda *packed: token_logprobs(model, *packed, cfg.temperature), parts, *texts)
             for model in (policy, reference))
-        parts = deal(range(len(responses)), lengths, cfg.score_micro_batch)
+        parts = my_micro_batches(range(len(responses)), lengths, cfg.score_micro_batch)
         r = score(lambda *packed: token_heads(reward_model, *packed), parts, *texts)  # [rows, T], r_t at a_t
         old_values = score(lambda *packed: token_heads(value, *packed, before=True), parts, *texts)  # [rows, T], V(s_t)
         for name, x in dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rewards=r, values=old_values).items():

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (cosine, deal, encode_prompt, encode_response, load_model, load_tokenizer,
+from common import (cosine, my_micro_batches, encode_prompt, encode_response, load_model, load_tokenizer,
                     mean_rewards, optimizer_step, rows_at, sequence_rewards, setup, tokenizer_hash,
                     total_rewards, upcast)
 from plumbing.command_line import extra, load_config
@@ -167,7 +167,7 @@ def evaluate(model, pairs, cfg, device):
     """-> accuracy (a tie is half), mean margin R_w - R_l and loss over held-out pairs. All ranks."""
     level = "sequence" if cfg.loss == "sequence" else "token"
     sums, lengths = torch.zeros(3, dtype=torch.float64, device=device), [pair_cost(pair) for pair in pairs]
-    for part in deal(range(len(pairs)), lengths, cfg.micro_batch * 2):
+    for part in my_micro_batches(range(len(pairs)), lengths, cfg.micro_batch * 2):
         r_w, response_w, _, r_l, response_l, _ = score_pairs(model, [pairs[i] for i in part or [0]], device)
         margin = total_rewards(r_w, response_w, level) - total_rewards(r_l, response_l, level)
         accuracy = (margin > 0).double() + 0.5 * (margin == 0)
@@ -194,7 +194,7 @@ def main(cfg):
     held_out = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)[0] if cfg.eval_data else []
     lengths = [pair_cost(pair) for pair in pairs]
     check_fits(cfg.model, "model", max(pair_length(pair) for pair in pairs + held_out))
-    if begin(cfg, "reward_model", free=("micro_batch", "resume_every", "log_every"), pairs=len(pairs),
+    if begin(cfg, "reward_model", unimportant=("micro_batch", "resume_every", "log_every"), pairs=len(pairs),
              inputs=[cfg.model, cfg.data, *([cfg.eval_data] if cfg.eval_data else [])],
              edits=any(0 in pair[3] for pair in pairs)):  # with masks; the report tells the paper's arms by it
         return say(f"{cfg.out} is finished; nothing to do")
@@ -218,7 +218,7 @@ def main(cfg):
         started = time.time()
         batch = rows_at(step * cfg.batch, min((step + 1) * cfg.batch, rows), len(pairs), cfg.seed)
         sums = torch.zeros(7, dtype=torch.float64, device=device)
-        for part in deal(batch, lengths, cfg.micro_batch):
+        for part in my_micro_batches(batch, lengths, cfg.micro_batch):
             scored = score_pairs(model, [pairs[i] for i in part or batch[:1]], device)  # all ranks: none left: weight 0
             losses = pair_losses(*scored, loss=cfg.loss, anchor=cfg.anchor)                 # [B]
             (losses.sum() / len(batch) * bool(part)).backward()  # the mean over the pairs of the whole batch

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from common import (cosine, deal, encode_prompt, encode_response, load_model, load_tokenizer,
+from common import (cosine, my_micro_batches, encode_prompt, encode_response, load_model, load_tokenizer,
                     optimizer_step, pack, rows_at, setup, token_logprobs)
 from plumbing.command_line import load_config
 from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
@@ -59,7 +59,7 @@ def main(cfg):
     numbers, prompts, responses = zip(*fitting)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     check_fits(cfg.model, "model", max(lengths), speaks=True)
-    if begin(cfg, "sft", free=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
+    if begin(cfg, "sft", unimportant=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- model
@@ -78,7 +78,7 @@ def main(cfg):
         batch = rows_at(step * cfg.batch, stop, len(prompts), cfg.seed)
         tokens = sum(len(responses[row]) for row in batch)  # of all ranks
         loss_sum = torch.zeros((), device=device)
-        for part in deal(batch, lengths, cfg.micro_batch):
+        for part in my_micro_batches(batch, lengths, cfg.micro_batch):
             mine = part or batch[:1]  # nothing left for this rank: any row with weight 0 (the forward is collective)
             ids, mask, response_mask = pack([prompts[row] for row in mine], [responses[row] for row in mine], device)
             loss = -token_logprobs(model, ids, mask, response_mask).sum() / tokens * bool(part)  # all ranks

@@ -118,11 +118,11 @@ def code_hash(path):
 
 # ---------------------------------------------------------------- begin and finish a run
 
-def begin(cfg, stage, *, free=(), inputs=(), beside=(), paid=False, **facts):
+def begin(cfg, stage, *, unimportant=(), inputs=(), beside=(), paid=False, **facts):
     """Take cfg.out (a folder, or a file with a suffix): lock it, compare its run.json, write a new
     one. -> True if the run is finished already.
 
-    stage: "ppo", ...; its code is compared, too. free: fields that cannot change the result, so an
+    stage: "ppo", ...; its code is compared, too. unimportant: fields that cannot change the result, so an
     interrupted run may continue with other values. inputs: files and folders that are read; their
     content is compared. beside: names that may be in cfg.out already. paid: the result cost money,
     so changed code is only a warning. facts: further entries of run.json. The run is refused if its
@@ -143,7 +143,7 @@ def begin(cfg, stage, *, free=(), inputs=(), beside=(), paid=False, **facts):
         remove_result(out)
     elif old:
         if left or old["finished"]:
-            refuse_changes(cfg, old, config, seen, free)
+            refuse_changes(cfg, old, config, seen, unimportant)
             refuse_changed_code(cfg, stage, old, code, paid)
         if old["finished"]:
             return True
@@ -234,9 +234,9 @@ def remove_result(out):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def refuse_changes(cfg, old, config, seen, free):
+def refuse_changes(cfg, old, config, seen, unimportant):
     """fail() with the fields and the inputs that differ from the earlier run's"""
-    ignored = (*free, "overwrite", "allow_changed_code", "out")
+    ignored = (*unimportant, "overwrite", "allow_changed_code", "out")
     differs = []
     for name, value in config.items():
         # A field that the earlier run did not have counts as its default.

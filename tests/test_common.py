@@ -144,7 +144,7 @@ def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
-    for words, said in (([], "the same command goes on"), (["--overwrite=true"], "the same command, without --overwrite, goes on")):
+    for words, said in (([], "the same command continues"), (["--overwrite=true"], "the same command, without --overwrite, continues")):
         monkeypatch.setattr("sys.argv", ["sft.py", *words])
         one_line(KeyboardInterrupt, KeyboardInterrupt(), None)
         assert said in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
         while record.LOCKS:
             record.LOCKS.pop().close()
     def begin(**fields):
-        return record.begin(Run(f"{tmp_path}/out", **fields), free=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
+        return record.begin(Run(f"{tmp_path}/out", **fields), "stage", unimportant=("micro_batch",), inputs=[tmp_path / "in.jsonl"])
     assert begin() is False
     mistake(capsys, begin, "another run is writing")
     release()
@@ -209,38 +209,38 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out/checkpoint_5").exists()
     record.finish(Run(f"{tmp_path}/out"), keep_checkpoint=False)
     assert not (tmp_path / "out/checkpoint_5").exists()
-    assert record.begin(Run(f"{tmp_path}/rm_0.3")) is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
+    assert record.begin(Run(f"{tmp_path}/rm_0.3"), "stage") is False and (tmp_path / "rm_0.3/run.json").exists()  # a folder all the same
     release()
-    assert record.begin(Run(f"{tmp_path}/early")) is False
+    assert record.begin(Run(f"{tmp_path}/early"), "stage") is False
     release()
-    assert record.begin(Run(f"{tmp_path}/early", lr=2.0)) is False  # refused or killed before anything came of it
+    assert record.begin(Run(f"{tmp_path}/early", lr=2.0), "stage") is False  # refused or killed before anything came of it
     release()
     assert record.record_of(tmp_path / "early")["config"]["lr"] == 2.0
     (tmp_path / "early/step_20").mkdir()
     for name in ("checkpoint.tmp", "saving.tmp"):
         (tmp_path / "early" / name).mkdir()
-    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/early", overwrite=True), inputs=[tmp_path / "early/step_20"]), "which this run reads")
+    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/early", overwrite=True), "stage", inputs=[tmp_path / "early/step_20"]), "which this run reads")
     release()
-    assert record.begin(Run(f"{tmp_path}/early", lr=2.0)) is False and not list((tmp_path / "early").glob("*.tmp"))
+    assert record.begin(Run(f"{tmp_path}/early", lr=2.0), "stage") is False and not list((tmp_path / "early").glob("*.tmp"))
     release()
     record.finish(Run(f"{tmp_path}/early"))
     monkeypatch.setattr(record.shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        record.begin(Run(f"{tmp_path}/early", overwrite=True))
+        record.begin(Run(f"{tmp_path}/early", overwrite=True), "stage")
     release()
     assert record.record_of(tmp_path / "early") == {}, "half deleted is not finished"
     monkeypatch.undo()
     File = type("File", (Run,), {"out": "out/e.jsonl"})
     (tmp_path / "d.jsonl").mkdir()
-    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/d.jsonl")), "is there as a folder")
-    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl/e.jsonl")), "below something that is no folder")
-    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl"), inputs=[tmp_path / "in.jsonl"]), "which this run reads")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/d.jsonl"), "stage"), "is there as a folder")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl/e.jsonl"), "stage"), "below something that is not a folder")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/in.jsonl"), "stage", inputs=[tmp_path / "in.jsonl"]), "which this run reads")
     (tmp_path / "e.jsonl.parts").mkdir()
-    assert record.begin(File(f"{tmp_path}/e.jsonl")) is False
+    assert record.begin(File(f"{tmp_path}/e.jsonl"), "stage") is False
     release()
-    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/e.jsonl", lr=2.0)), "lr: 1.0 then, 2.0 now")
+    mistake(capsys, lambda: record.begin(File(f"{tmp_path}/e.jsonl", lr=2.0), "stage"), "lr: 1.0 then, 2.0 now")
     release()
-    assert record.begin(File(f"{tmp_path}/e.jsonl")) is False and (tmp_path / "e.jsonl.parts").exists()
+    assert record.begin(File(f"{tmp_path}/e.jsonl"), "stage") is False and (tmp_path / "e.jsonl.parts").exists()
     release()
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
     before = record.fingerprint(tmp_path)
@@ -250,23 +250,23 @@ def test_a_run_is_locked_compared_and_remembered(tmp_path, capsys, monkeypatch):
     (tmp_path / "source/in.tsv").write_text("a")  # a source may lie in a folder that is written to: it stays
     Source = type("Source", (Run,), {"out": "data/x"})
     for overwrite in (False, True):
-        assert record.begin(Source(f"{tmp_path}/source", overwrite=overwrite), inputs=[tmp_path / "source/in.tsv"], beside=("in.tsv",)) is False
+        assert record.begin(Source(f"{tmp_path}/source", overwrite=overwrite), "stage", inputs=[tmp_path / "source/in.tsv"], beside=("in.tsv",)) is False
         release()
     old = record.record_of(tmp_path / "source") | {"inputs": {str(tmp_path / "source/in.tsv"): "old", "gone": "old"}}
     record.record_path(tmp_path / "source").write_text(json.dumps(old))
-    mistake(capsys, lambda: record.begin(Source(f"{tmp_path}/source"), inputs=[tmp_path / "source/in.tsv"], beside=()), "the content of")
+    mistake(capsys, lambda: record.begin(Source(f"{tmp_path}/source"), "stage", inputs=[tmp_path / "source/in.tsv"], beside=()), "the content of")
     release()
     for usual, wrong, words in (("out/sft", "a.jsonl", "a folder"), ("out/e.jsonl", "a", "a file"), ("out/e.jsonl", "a.txt", "a file")):
         Usual = type("Usual", (Run,), {"out": usual})
-        mistake(capsys, lambda: record.begin(Usual(f"{tmp_path}/{wrong}")), f"--out={tmp_path}/{wrong} must be {words}", usual)
+        mistake(capsys, lambda: record.begin(Usual(f"{tmp_path}/{wrong}"), "stage"), f"--out={tmp_path}/{wrong} must be {words}", usual)
         assert not list(tmp_path.glob("a*"))
     monkeypatch.setenv("PATH", "")  # no git
-    assert record.begin(Run(f"{tmp_path}/sft.small")) is False and record.record_of(tmp_path / "sft.small")["commit"] == ""
+    assert record.begin(Run(f"{tmp_path}/sft.small"), "stage") is False and record.record_of(tmp_path / "sft.small")["commit"] == ""
     assert (tmp_path / "sft.small/run.json").exists()
     release()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/other")), "no run of ours wrote")
+    mistake(capsys, lambda: record.begin(Run(f"{tmp_path}/other"), "stage"), "no run of ours wrote")
     release()
 
 
@@ -347,11 +347,11 @@ def test_prompts_are_alpacas_with_bos_once(world):
 
 
 def test_tokenizer_hash_tells_vocabularies_apart(world):
-    hashes = [files.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
-    assert len(set(hashes)) == len(hashes) and hashes[0] == files.tokenizer_hash(common.load_tokenizer(world / "sft"))
+    hashes = [common.tokenizer_hash(common.load_tokenizer(path)) for path in tokenizers(world)]
+    assert len(set(hashes)) == len(hashes) and hashes[0] == common.tokenizer_hash(common.load_tokenizer(world / "sft"))
     other = common.load_tokenizer(world / "sft")
     other.eos_token = other.convert_ids_to_tokens(300)  # the same vocabulary, but responses end otherwise
-    assert files.tokenizer_hash(other) not in hashes
+    assert common.tokenizer_hash(other) not in hashes
 
 
 # ---------------------------------------------------------------- forward and generate
@@ -500,7 +500,7 @@ def test_deal_gives_every_row_once_and_every_rank_as_many_forwards(monkeypatch):
         dealt = []
         for rank in range(world):
             monkeypatch.setattr(common, "RANK", rank)
-            dealt.append(common.deal(range(37), lengths, 4))
+            dealt.append(common.my_micro_batches(range(37), lengths, 4))
         assert sorted(row for parts in dealt for part in parts for row in part) == list(range(37))
         assert len({len(parts) for parts in dealt}) == 1
         shares = [sum(lengths[row] for part in parts for row in part) for parts in dealt]
@@ -513,5 +513,5 @@ def test_deal_goes_to_and_fro(monkeypatch):
     lengths, shares = [n * n for n in range(1, 41)], []
     for rank in range(2):
         monkeypatch.setattr(common, "RANK", rank)
-        shares.append(sum(lengths[row] for part in common.deal(range(40), lengths, 4) for row in part))
+        shares.append(sum(lengths[row] for part in common.my_micro_batches(range(40), lengths, 4) for row in part))
     assert max(shares) <= 0.502 * sum(shares)

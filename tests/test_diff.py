@@ -6,6 +6,7 @@ import diff
 from plumbing import files
 from conftest import rows_of, run
 from extras.pages import safe
+from extras.report import show_diffs
 
 
 def alignments(a, b):
@@ -159,10 +160,10 @@ def test_segments_hold_both_answers_and_draw_wraps():
     draw = random.Random(3)
     for _ in range(300):
         a, b = ([draw.choice(["one ", "two ", "three ", "\n"]) for _ in range(draw.randrange(12))] for _ in range(2))
-        spans = diff.segments(a, diff.align(a, b)[0], b, diff.align(a, b)[1])
+        spans = show_diffs.segments(a, diff.align(a, b)[0], b, diff.align(a, b)[1])
         assert "".join(text for kind, text in spans if kind != "+") == "".join(a)
         assert "".join(text for kind, text in spans if kind != "-") == "".join(b)
-        lines = diff.draw(a, diff.align(a, b)[0], b, diff.align(a, b)[1], width=20, color=False).split("\n")
+        lines = show_diffs.draw(a, diff.align(a, b)[0], b, diff.align(a, b)[1], width=20, color=False).split("\n")
         assert all(len(line) <= 20 for line in lines)
 
 

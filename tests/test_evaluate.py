@@ -166,7 +166,7 @@ def test_words():
     """A wrong first word is one line and exit code 2; --help knows the words and each word's fields"""
     for words in ((), ("decod",)):
         done = run("evaluate.py", *words, ok=False)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "decode, judge, winrate, rewards, report" in done.stderr
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "decode, judge, winrate, best, rewards, report" in done.stderr
     assert "winrate" in run("evaluate.py", "--help").stdout and "top_p" in here("decode", "--help").stdout
     for words, message in ((("winrate",), "one or two files of annotations"), (("report",), "run folders"), (("rewards", "--reward_model=out/nothing"), "config.json")):
         done = here(*words, ok=False)
@@ -372,7 +372,7 @@ def test_dry_run_and_no_key(contest, tmp_path):
     done = here("judge", *flags, f"--out={tmp_path}/a.jsonl", "--model=claude-next", ok=False, ANTHROPIC_API_KEY="")
     assert "ANTHROPIC_API_KEY" in done.stderr, "nothing was asked yet: the model may change"
     done = here("judge", *flags, f"--out={tmp_path}/b.jsonl", "--judge=gold", "--dry_run=true")
-    assert "asks no service" in done.stdout
+    assert "does not call Claude" in done.stdout
     done = here("judge", *flags, f"--out={tmp_path}/b.jsonl", "--judge=gold", ok=False)  # rows that are not of its world
     assert done.returncode == 2 and not list(tmp_path.glob("b*"))
     for word, flag in (("judge", "--concurrency=0"), ("judge", "--micro_batch=0"), ("judge", "--max_tokens=0")):

@@ -6,7 +6,8 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import common, diff, ppo, reward_model
-from plumbing import record
+from extras.report import show_diffs
+from plumbing import paint, record
 
 GARBAGE = float("nan")
 
@@ -74,12 +75,12 @@ def test_gate_names_its_reason():
 
 
 def test_draw_is_legible_without_colour_and_cannot_steer_the_terminal():
-    text = diff.draw(["a", " b", "\x1b[2J", "!"], [0, 1, 1, 0], ["a", " c", "!"], [0, 1, 0], color=False)
+    text = show_diffs.draw(["a", " b", "\x1b[2J", "!"], [0, 1, 1, 0], ["a", " c", "!"], [0, 1, 0], color=False)
     assert text == "a[- b␛[2J-]{+ c+}!"
-    assert "\033[31m" in diff.draw(["x"], [1], ["y"], [1], color=True)
+    assert "\033[31m" in show_diffs.draw(["x"], [1], ["y"], [1], color=True)
     harmless = "10\u202f000\u00a0€\u3000\U0001f469\u200d\U0001f680 co\u00adop"  # spaces of several scripts, a joined emoji, a soft hyphen
-    assert diff.plain(harmless) == harmless
-    assert diff.plain("\u202e\u2066\x9b\u2028") == "\ufffd" * 4  # what turns the line round, or ends it
+    assert paint.plain(harmless) == harmless
+    assert paint.plain("\u202e\u2066\x9b\u2028") == "\ufffd" * 4  # what turns the line round, or ends it
 
 
 # ---------------------------------------------------------------- reward_model
@@ -320,7 +321,7 @@ def test_roll_out_draws_each_row_from_its_own_key():
 def test_score_is_the_same_alone():
     prompts, responses, lengths = rollouts()
     policy, value = tiny(LlamaForCausalLM, 0).float(), tiny(LlamaForTokenClassification, 1).float()
-    parts = common.deal(range(10), lengths, 3) + [[]]
+    parts = common.my_micro_batches(range(10), lengths, 3) + [[]]
     logprobs, r = (ppo.score(lambda *packed: function(model, *packed), parts, prompts, responses, torch.device("cpu"))
                    for model, function in ((policy, common.token_logprobs), (value, common.token_heads)))
     for i, (p, a) in enumerate(zip(prompts, responses)):

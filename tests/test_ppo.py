@@ -251,12 +251,12 @@ def test_padding_micro_batches_and_order_change_nothing(tiny, monkeypatch):
     cfg, models, rollout = tiny
     stats, grads = updated(cfg, models, rollout)
     def reversed_deal(rows, lengths, micro_batch):
-        return [part[::-1] for part in common.deal(rows, lengths, micro_batch)]
+        return [part[::-1] for part in common.my_micro_batches(rows, lengths, micro_batch)]
     def unsorted_deal(rows, lengths, micro_batch):
         return [list(rows)[i:i + micro_batch] for i in range(0, len(rows), micro_batch)]
     for fields, name, other in (
             (dict(micro_batch=1), None, None), (dict(micro_batch=6), None, None), ({}, "pack", wider),
-            ({}, "deal", reversed_deal), (dict(micro_batch=4), "deal", unsorted_deal)):
+            ({}, "my_micro_batches", reversed_deal), (dict(micro_batch=4), "my_micro_batches", unsorted_deal)):
         with monkeypatch.context() as patch:
             if name:
                 patch.setattr(ppo, name, other)
@@ -277,7 +277,7 @@ def test_padding_and_micro_batches_change_no_rollout_and_no_score(tiny, monkeypa
     prompts = [[5, 6, 7], [4], [9] * 6, [1, 2], [3, 3, 3, 3], [8], [2, 9], [7] * 5, [6]]
     def rolled():
         responses = ppo.roll_out(models["policy"], SimpleNamespace(eos_token_id=3), prompts, cfg, 0, CPU)
-        parts = common.deal(range(9), [len(p) + len(r) for p, r in zip(prompts, responses)], cfg.score_micro_batch)
+        parts = common.my_micro_batches(range(9), [len(p) + len(r) for p, r in zip(prompts, responses)], cfg.score_micro_batch)
         return responses, ppo.score(
             lambda *packed: common.token_heads(models["value"], *packed).float(), parts, prompts, responses, CPU)
     responses, r = rolled()
@@ -381,7 +381,7 @@ def test_a_disk_too_small_is_told_before_the_first_step(tiny, tmp_path, monkeypa
 
 
 def test_a_run_that_would_fill_the_disk_does_not_start(planted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(unimportant=10_000))
     with pytest.raises(SystemExit) as end:
         step_of(planted, tmp_path, monkeypatch)
     line = capsys.readouterr().err

@@ -7,7 +7,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import rows_of, run
 from evaluate import win_rate
-from extras.report import page as report_page, tables as report
+from extras import pages
+from extras.report import arms, page as report_page, tables as report
 
 ARMS = {"ppo_rlhf": ("sequence", "rm_original", 24.0), "ppo_fine": ("sequence", "rm_edited", 44.0), "ppo_token": ("token", "rm_token", 58.0)}
 EVIL = "</span><script>alert(1)</script>\x1b[31m\u202e & \"quoted\" | {x}"
@@ -93,14 +94,14 @@ def test_tables_of_one_seed(seeds):
     """Each cell is the figure in the files"""
     runs, tables = build(seeds[:1])
     one = made(tables, "Table 1")
-    for name, label, paper in (("ppo_token", report.TOKEN, "51.6 ± 1.8"), ("ppo_fine", report.FINE, "51.2 ± 1.8"), ("ppo_rlhf", report.RLHF, "46.5 ± 1.8")):
+    for name, label, paper in (("ppo_token", arms.TOKEN, "51.6 ± 1.8"), ("ppo_fine", arms.FINE, "51.2 ± 1.8"), ("ppo_rlhf", arms.RLHF, "46.5 ± 1.8")):
         figures = win_rate(row["preference"] for row in rows_of(seeds[0] / name / "annotations.jsonl"))
         assert one[label] == [paper, f"{figures['win_rate']:.1f} ± {figures['standard_error']:.1f}", f"{figures['win_rate']:.1f}", "25", "200"]
-    assert list(one)[:5] == [report.TOKEN, report.FINE, "the reference: Davinci003; ours: reference", report.RLHF, "SFT"]
+    assert list(one)[:5] == [arms.TOKEN, arms.FINE, "the reference: Davinci003; ours: reference", arms.RLHF, "SFT"]
     two = made(tables, "Table 2")
     accuracy = {name: json.loads((seeds[0] / name / "rewards.json").read_text())[0]["accuracy"] for name in ("rm_original", "rm_edited", "rm_token")}
-    assert two[report.RM_RLHF][:3] == ["58.2 ± 1.8", f"{accuracy['rm_original']:.1f} ± 2.1", "75.0 ± 0.9"]
-    assert two[report.RM_FINE][:2] == ["85.2 ± 1.8", f"{accuracy['rm_edited']:.1f} ± 2.1"]
+    assert two[arms.RM_RLHF][:3] == ["58.2 ± 1.8", f"{accuracy['rm_original']:.1f} ± 2.1", "75.0 ± 0.9"]
+    assert two[arms.RM_FINE][:2] == ["85.2 ± 1.8", f"{accuracy['rm_edited']:.1f} ± 2.1"]
     assert two["a bag of tokens, without the prompt"][1] == "66.3" and two["always the edited one"][2] == "100.0"
     assert two["the longer answer wins"][1:3] == ["48.0", "44.0"]
 
@@ -109,13 +110,13 @@ def test_tables_of_three_seeds(seeds):
     """The mean of the seeds, and the error that their spread tells"""
     runs, tables = build(seeds)
     rates = [win_rate(row["preference"] for row in rows_of(seed / "ppo_token/annotations.jsonl"))["win_rate"] for seed in seeds]
-    row = made(tables, "Table 1")[report.TOKEN]
+    row = made(tables, "Table 1")[arms.TOKEN]
     assert row[1] == f"{statistics.fmean(rates):.1f} ± {statistics.stdev(rates) / 3 ** 0.5:.1f}" and row[2] == ", ".join(f"{x:.1f}" for x in rates)
     for each in (one for one in runs if one["kind"] == "ppo"):  # each began from its own seed's policy
         start = win_rate(r["preference"] for r in rows_of(Path(each["seed"]) / "sft/annotations.jsonl"))
-        assert report.checkpoints(each, runs)[0] == (0, start)
+        assert arms.checkpoints(each, runs)[0] == (0, start)
     others = [win_rate(r["preference"] for r in rows_of(seed / "ppo_rlhf/annotations.jsonl"))["win_rate"] for seed in seeds]
-    row = made(tables, "Differences")[f"{report.TOKEN} − {report.RLHF}"]
+    row = made(tables, "Differences")[f"{arms.TOKEN} − {arms.RLHF}"]
     assert row[0] == "+5.1" and row[2] == ", ".join(f"{a - b:+.1f}" for a, b in zip(rates, others))
 
 
@@ -128,9 +129,9 @@ def test_steps_to_the_best(tmp_path):
             write(folder / "annotations.jsonl", [row | {"preference": 2 if i < 2 * percent else 1} for i, row in enumerate(annotations(0))])
     table = made(build([tmp_path])[1], "Table 3")
     assert table["PPO-RLHF, to its own best"] == ["PPO", "4", "10", "11 s", "0.003"]
-    assert table[f"{report.TOKEN}, to its own best"][2] == "25"
-    assert table[f"{report.TOKEN}, to the best of {report.RLHF}"][2:4] == ["20", "22 s"]
-    assert table[f"{report.FINE}, to the best of {report.RLHF}"][2:] == ["- (1 of 1 never)", "-", "-"]
+    assert table[f"{arms.TOKEN}, to its own best"][2] == "25"
+    assert table[f"{arms.TOKEN}, to the best of {arms.RLHF}"][2:4] == ["20", "22 s"]
+    assert table[f"{arms.FINE}, to the best of {arms.RLHF}"][2:] == ["- (1 of 1 never)", "-", "-"]
 
 
 def test_what_is_missing_is_missing(tmp_path):
@@ -138,8 +139,8 @@ def test_what_is_missing_is_missing(tmp_path):
     run_json(tmp_path / "ppo_token", policy="out/sft", reward_model="out/rm", level="token")
     (tmp_path / "ppo_token/metrics.jsonl").write_text('{"step": 0, "reward": 1.0, "kl": 0.0, "seconds": 1.0}\n{"step": 1, "rew')
     runs, tables = build([tmp_path])
-    assert made(tables, "Table 1")[report.TOKEN][1:] == ["-", "-", "-", "-"] and made(tables, "Table 2")[report.RM_FINE] == ["85.2 ± 1.8", "-", "-", "-"]
-    assert made(tables, "Table 3")[f"{report.TOKEN}, to its own best"][1:] == ["2", "- (1 of 1 never)", "-", "-"]
+    assert made(tables, "Table 1")[arms.TOKEN][1:] == ["-", "-", "-", "-"] and made(tables, "Table 2")[arms.RM_FINE] == ["85.2 ± 1.8", "-", "-", "-"]
+    assert made(tables, "Table 3")[f"{arms.TOKEN}, to its own best"][1:] == ["2", "- (1 of 1 never)", "-", "-"]
     text = report_page.page(runs, tables[:4], tables[4])
     assert "no samples.jsonl" in text and "needs annotations of models kept" in text and "nan" not in text.lower().split()
 
@@ -148,7 +149,7 @@ def test_hacking_is_told(seeds):
     """The arm whose score rises while its win rate falls is named, and no other"""
     body = report_page.hacking(report.read_runs(seeds))
     told = dict(zip(re.findall(r'class="title">(.*?)</text>', body), re.findall(r"<b>(.*?)</b>", body)))
-    assert "reward hacking" in told.pop(report.RLHF) and set(told.values()) == {"the judge follows the score"} and len(told) == 2
+    assert "reward hacking" in told.pop(arms.RLHF) and set(told.values()) == {"the judge follows the score"} and len(told) == 2
 
 
 def test_verdicts_of_an_arm():
@@ -172,12 +173,12 @@ def test_a_step_chosen_on_val(tmp_path):
     write(tmp_path / "ppo_token/outputs.jsonl.run.json", dict(config=dict(model="elsewhere/ppo_token/step_10")), lines=False)
     runs = report.read_runs([tmp_path])
     token = next(run for run in runs if run["name"] == "ppo_token")
-    assert [(step, f["win_rate"]) for step, f in report.checkpoints(token, runs)] == [(0, 20), (5, 40), (10, 70), (25, 60)]
+    assert [(step, f["win_rate"]) for step, f in arms.checkpoints(token, runs)] == [(0, 20), (5, 40), (10, 70), (25, 60)]
     one, three = made([report.table_1(runs)], "Table 1"), made([report.table_3(runs, target=65)], "Table 3")
     figures = win_rate(row["preference"] for row in rows_of(tmp_path / "ppo_token/annotations.jsonl"))
-    assert one[report.TOKEN][2:4] == [f"{figures['win_rate']:.1f}", "10"] and one[report.FINE][3] == "25"
-    assert three[f"{report.TOKEN}, to its own best"][2] == three[f"{report.TOKEN}, to 65%"][2] == "10"
-    assert three[f"{report.FINE}, to 65%"][2] == "- (1 of 1 never)"
+    assert one[arms.TOKEN][2:4] == [f"{figures['win_rate']:.1f}", "10"] and one[arms.FINE][3] == "25"
+    assert three[f"{arms.TOKEN}, to its own best"][2] == three[f"{arms.TOKEN}, to 65%"][2] == "10"
+    assert three[f"{arms.FINE}, to 65%"][2] == "- (1 of 1 never)"
     assert "that a step was chosen on" in report_page.curves(runs)
 
 
@@ -206,8 +207,8 @@ def test_page(seeds, tmp_path):
     shown = "".join(page.words)
     assert "</span><script>alert(1)</script>" in shown and "\x1b" not in text and "\u202e" not in text
     assert "prefers-color-scheme: dark" in text and text.count("<svg") == 4 + 3 + 2 and "NaN" not in text
-    for label in (report.TOKEN, report.FINE, report.RLHF, report.SFT, report.RM_RLHF, "51.6 ± 1.8", "abc1234", "stage.py --out="):
-        assert label in shown and (label in done.stdout or label in ("abc1234", "stage.py --out=", report.SFT)), label
+    for label in (arms.TOKEN, arms.FINE, arms.RLHF, arms.SFT, arms.RM_RLHF, "51.6 ± 1.8", "abc1234", "stage.py --out="):
+        assert label in shown and (label in done.stdout or label in ("abc1234", "stage.py --out=", arms.SFT)), label
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "**Table 3. Training efficiency**" in markdown and "| PPO-RLHF | 46.5 ± 1.8 |" in markdown
     assert all(line.count("|") == markdown_table[0].count("|") for markdown_table in
@@ -235,20 +236,20 @@ def test_only_our_own_file_is_replaced(seeds, tmp_path):
 def test_a_reward_model_is_named_by_its_rows_not_by_its_files_name():
     for edits, name in ((True, "gaps.jsonl"), (False, "different.jsonl")):
         rm = dict(kind="reward model", name="rm", config=dict(loss="sequence", data=name), record=dict(edits=edits))
-        assert report.label_of(rm, [rm]) == (report.RM_FINE if edits else report.RM_RLHF)
+        assert arms.label_of(rm, [rm]) == (arms.RM_FINE if edits else arms.RM_RLHF)
 
 
 def test_heat_is_what_ppo_is_paid():
     """Token level: each token's own; the strength grows with |r|, the sign gives the colour"""
-    body = report_page.heat(["good", "bad", "", "none"], [1.0, -0.4, 3.0, None], 1.0)
+    body = pages.heat(["good", "bad", "", "none"], [1.0, -0.4, 3.0, None], 1.0)
     tones = re.findall(r"rgb\(var\((--\w+)\) / ([\d.]+)\)", body)
     assert tones == [("--good", "0.75"), ("--bad", "0.30"), ("--bad", "0.00")], "an empty text is not drawn, a token without reward is plain"
 
 
 def test_a_cell_cannot_break_a_table():
     table = ("T", ["a", "b"], [["x | y\nz", "<i>\x1b"]], "note")
-    assert report.as_markdown(table).splitlines()[4] == "| x \\| y z | &lt;i&gt;\u241b |"
-    assert "x | y z" in report.as_text(table) and "&lt;i&gt;" in report.as_html(table)
+    assert arms.as_markdown(table).splitlines()[4] == "| x \\| y z | &lt;i&gt;\u241b |"
+    assert "x | y z" in arms.as_text(table) and "&lt;i&gt;" in arms.as_html(table)
 
 
 def test_ticks_cover():

@@ -83,7 +83,7 @@ def test_pair_files_are_packed_without_much_padding(tiny):
     hook = tiny.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True)
     costs = [reward_model.pair_cost(pair) for pair in pairs]
     with torch.no_grad():
-        for part in common.deal(range(len(pairs)), costs, 4):
+        for part in common.my_micro_batches(range(len(pairs)), costs, 4):
             reward_model.score_pairs(tiny, [pairs[i] for i in part], "cpu")
     hook.remove()
     assert sum(costs) <= sum(fed) <= sum(costs) * 7 / 6, (sum(fed), sum(costs))
@@ -107,7 +107,7 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
     tokens = "".join(data for tag, data in text.spans if tag == "span" and data not in ("bad", "good"))
     assert "script" not in text.tags and "apple↵\nbear<script></s>" in tokens and "apple↵\npear</s>" in tokens and "tea␛[2J" in tokens
     assert any(tag == "b" and data == "List <b>four</b> fruits." for tag, data in text.spans)
-    assert page.read_text().count("class=changed") >= 2 and "://" not in page.read_text()
+    assert page.read_text().count('class="changed"') >= 2 and "://" not in page.read_text()
 
 
 def test_show_pairs_answers_by_their_question(world, tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_a_reward_model_opens_in_plain_transformers_with_the_same_rewards(world,
             assert torch.allclose(logits[i, len(p):len(p) + len(a), 0], r[i, :len(a)], atol=1e-5)
         else:
             assert pad != tokenizer.eos_token_id and torch.allclose(logits[i, 0], r[i, len(a) - 1], atol=1e-5)
-    assert plain.score.bias is None and reward_model.reward_level(world / name) == ("token" if name == "rm" else "sequence")
+    assert plain.score.bias is None and common.reward_level(world / name) == ("token" if name == "rm" else "sequence")
 
 
 def test_a_sequence_model_is_never_padded_with_eos(world, tmp_path):
@@ -317,7 +317,7 @@ def test_ppo_goes_on_to_more_steps(world, ppo_flags, tmp_path):
     assert done.returncode == 2 and "has 3 steps already, --steps=2 is less" in done.stderr
     (tmp_path / "d/metrics.jsonl").unlink()
     done = run("ppo.py", *ppo_flags, f"--out={tmp_path}/d", "--steps=4", "--resume_every=2", "--lr_epochs=0.01", "--warmup_steps=0", ok=False)
-    assert done.returncode == 2 and "no metrics.jsonl to go on from" in done.stderr
+    assert done.returncode == 2 and "no metrics.jsonl to continue" in done.stderr
 
 
 # ---------------------------------------------------------------- refusals: one line, exit code 2, nothing written
@@ -407,7 +407,7 @@ def test_every_field_is_read():
         text = (ROOT / f"{name}.py").read_text()
         fields = __import__(name).Config.__dataclass_fields__
         for field in fields:
-            assert f"cfg.{field}" in text or field in ("overwrite", "seed") or f'"{field}"' in text, (name, field)
+            assert f"cfg.{field}" in text or field in ("overwrite", "seed", "allow_changed_code") or f'"{field}"' in text, (name, field)
 
 
 def test_nothing_unpickles_or_runs_foreign_code():

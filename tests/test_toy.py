@@ -285,14 +285,14 @@ def test_again_refused_overwritten(toy, tmp_path):
 ])
 def test_mistakes(tmp_path, capfd, flag, words):
     with pytest.raises(SystemExit) as end:
-        main(load_config(Config, argv=[f"--out={tmp_path}/w", flag]))
+        main(load_config(Config, "prepare", argv=[f"--out={tmp_path}/w", flag]))
     said = capfd.readouterr().err
     assert end.value.code == 2 and words in said and said.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
 def test_the_default_folder_holds_the_script(tmp_path):
     """python data/toy/prepare.py, from an empty clone and from another working directory"""
-    for name in ("common.py", "plumbing/command_line.py", "plumbing/record.py", "data/toy/prepare.py"):
+    for name in ("common.py", *(f"plumbing/{path.name}" for path in ROOT.glob("plumbing/*.py")), "data/toy/prepare.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     done = subprocess.run([sys.executable, tmp_path / "data/toy/prepare.py", "--sft_rows=20"], cwd=tmp_path, capture_output=True, text=True)

@@ -2,10 +2,11 @@
 import torch
 
 from common import generate, load_model, load_tokenizer, row_uniforms, setup
+from plumbing.claude import Reply
 
 
 def ask_local(requests, stop, *, path, batch, seed, temperature):
-    """requests: key -> arguments as for Claude's messages.create. Yields (key, fields of a Reply), short prompts first.
+    """requests: key -> arguments as for Claude's messages.create. Yields (key, Reply), short prompts first.
 
     A trailing assistant turn is continued. temperature 0 is greedy; else each row has draws of its own."""
     device, _, dtype = setup()
@@ -19,7 +20,7 @@ def ask_local(requests, stop, *, path, batch, seed, temperature):
                                                      continue_final_message=begun, return_dict=False)
     positions = model.config.max_position_embeddings
     for key in [key for key in prompts if len(prompts[key]) >= positions]:
-        yield key, {"error": f"the prompt's {len(prompts.pop(key))} tokens fill the model's {positions} positions"}
+        yield key, Reply(error=f"the prompt's {len(prompts.pop(key))} tokens fill the model's {positions} positions")
     order = sorted(prompts, key=lambda key: len(prompts[key]))
     for start in range(0, len(order), batch):
         if stop.is_set():
@@ -34,6 +35,5 @@ def ask_local(requests, stop, *, path, batch, seed, temperature):
                              uniforms=torch.stack([row_uniforms(T, seed, key) for key in keys]))                # [B, T]
         for key, row, length in zip(keys, out.tolist(), mask.sum(1).tolist()):
             ended = row[length - 1] == tokenizer.eos_token_id
-            yield key, {"text": tokenizer.decode(row[:length - ended]),
-                        "stop_reason": "end_turn" if ended else "max_tokens",
-                        "usage": {"input_tokens": len(prompts[key]), "output_tokens": length}}
+            yield key, Reply(tokenizer.decode(row[:length - ended]), "end_turn" if ended else "max_tokens",
+                             {"input_tokens": len(prompts[key]), "output_tokens": length})
