@@ -1,20 +1,21 @@
 """Stage 0. The starting policy pi_0: demonstrations -> a model that follows instructions.
 
-    python sft.py --model=MODEL --data=data/toy/sft.jsonl                       # one process
-    torchrun --nproc_per_node=8 sft.py                                      # the paper's: LLaMA-7B, AlpacaFarm's split
+    python sft.py --model=MODEL --data=data/toy/sft.jsonl    # one process
+    torchrun --nproc_per_node=8 sft.py           # the paper's: LLaMA-7B, AlpacaFarm's split
 
-sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of -log pi(a_t | s_t)
-over the batch's real response tokens, EOS included, prompts masked: the same for any micro-batch size and any number of
-ranks. The paper takes AlpacaFarm's SFT model; the defaults are that model's published script. A killed run goes on.
+sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of
+-log pi(a_t | s_t) over the batch's real response tokens, EOS included. Prompts are masked. It is
+the same for any micro-batch size and any number of ranks. The paper takes AlpacaFarm's SFT model;
+the defaults are that model's published script. Run the same command again to resume a killed run.
 """
-import time
+import math, time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from common import (cosine, my_micro_batches, encode_prompt, encode_response, load_model, load_tokenizer,
-                    optimizer_step, pack, rows_at, setup, token_logprobs)
+from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
+                    my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs)
 from plumbing.command_line import load_config
 from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
 from plumbing.ranks import fail, say, total
@@ -24,8 +25,8 @@ from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progre
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "huggyllama/llama-7b"      # folder or hub name; a folder without weights: a new model, from seed
-    data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (`cut: ["output"]`: it gets no EOS)
+    model: str = "huggyllama/llama-7b"      # folder or hub name; no weights: new ones, from seed
+    data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (cut: ["output"]: no EOS)
     out: str = "out/sft"
     epochs: int = 3
     batch: int = 128                # rows per optimizer step, all ranks together
@@ -34,7 +35,8 @@ class Config:
     warmup: float = 0.03            # share of the steps
     max_tokens: int = 512           # prompt + response; longer rows are dropped and counted
     max_grad_norm: float | None = 1.0       # None: no clipping
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto: bfloat16 on GPU. Weights are float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto: bfloat16 on GPU
+                                            # (the weights are float32)
     activation_checkpointing: bool = False  # a third more computing for much less memory
     log_every: int = 1              # steps between lines of metrics.jsonl
     resume_every: int = 100         # steps between checkpoints
@@ -43,55 +45,94 @@ class Config:
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
 
+def check(cfg):
+    """What can be wrong before a model is loaded -> tokenizer, the rows of --data, and those that
+    fit: their numbers in the file (from 1), prompts and responses (lists of ids)"""
+    check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
+    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model",
+                weights="new")
+    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
+    fields = {"instruction": str, "input": (str, type(None)), "output": str}
+    rows = read_jsonl(cfg.data, fields)
+    tokenizer = load_tokenizer(cfg.model)
+
+    numbers = []
+    prompts = []
+    responses = []
+    for number, row in enumerate(rows, 1):
+        cut = row.get("cut") or []
+        prompt = encode_prompt(tokenizer, row)
+        response = encode_response(tokenizer, row["output"], eos="output" not in cut)
+        if response and len(prompt) + len(response) <= cfg.max_tokens:
+            numbers.append(number)
+            prompts.append(prompt)
+            responses.append(response)
+    if not numbers:
+        fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
+
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    check_fits(cfg.model, "model", longest, speaks=True)
+    return tokenizer, rows, numbers, prompts, responses
+
+
 def main(cfg):
     # ---------------------------------------------------------------- inputs
-    check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
-    check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model", weights="new")
-    check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None)), "output": str})
-    tokenizer = load_tokenizer(cfg.model)
-    prompts = [encode_prompt(tokenizer, row) for row in rows]
-    responses = [encode_response(tokenizer, row["output"], eos="output" not in (row.get("cut") or [])) for row in rows]
-    fitting = [(number, p, r) for number, (p, r) in enumerate(zip(prompts, responses), 1)
-               if r and len(p) + len(r) <= cfg.max_tokens]
-    if not fitting:
-        fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
-    numbers, prompts, responses = zip(*fitting)
+    tokenizer, rows, numbers, prompts, responses = check(cfg)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    check_fits(cfg.model, "model", max(lengths), speaks=True)
-    if begin(cfg, "sft", unimportant=("micro_batch", "resume_every", "log_every"), inputs=[cfg.model, cfg.data], rows=len(rows)):
+    unimportant = ("micro_batch", "resume_every", "log_every")
+    inputs = [cfg.model, cfg.data]
+    if begin(cfg, "sft", unimportant=unimportant, inputs=inputs, rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # ---------------------------------------------------------------- model
     device, mesh, dtype = setup(cfg.dtype)
-    model = load_model(cfg.model, device, mesh, dtype, checkpointing=cfg.activation_checkpointing, seed=cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    steps = -(-len(prompts) * cfg.epochs // cfg.batch)
+    model = load_model(cfg.model, device, mesh, dtype, checkpointing=cfg.activation_checkpointing,
+                       seed=cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0)
+
+    # The rows seen in all epochs, a row once per epoch. Only the last batch may be smaller.
+    rows_seen = len(prompts) * cfg.epochs
+    steps = math.ceil(rows_seen / cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
     trim_logs(cfg.out, done)
-    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{f', {done} are done' if done else ''}")
+    resumed = f", {done} are done" if done else ""
+    say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{resumed}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "sft", steps):
         started = time.time()
-        stop = min((step + 1) * cfg.batch, len(prompts) * cfg.epochs)
+        stop = min((step + 1) * cfg.batch, rows_seen)
         batch = rows_at(step * cfg.batch, stop, len(prompts), cfg.seed)
         tokens = sum(len(responses[row]) for row in batch)  # of all ranks
+
+        # Gradients add up over micro-batches and ranks to that of the mean over the batch's tokens.
         loss_sum = torch.zeros((), device=device)
         for part in my_micro_batches(batch, lengths, cfg.micro_batch):
-            mine = part or batch[:1]  # nothing left for this rank: any row with weight 0 (the forward is collective)
-            ids, mask, response_mask = pack([prompts[row] for row in mine], [responses[row] for row in mine], device)
-            loss = -token_logprobs(model, ids, mask, response_mask).sum() / tokens * bool(part)  # all ranks
+            # This rank has no rows left, but the forward is collective: run a row with weight 0.
+            my_rows = part or batch[:1]
+            weight = 1 if part else 0
+            my_prompts = [prompts[row] for row in my_rows]
+            my_responses = [responses[row] for row in my_rows]
+            ids, mask, response_mask = pack(my_prompts, my_responses, device)
+            logprobs = token_logprobs(model, ids, mask, response_mask)  # [B, T], all ranks
+            loss = -logprobs.sum() / tokens * weight
             loss.backward()
             loss_sum += loss.detach()
+
         lr = cfg.lr * cosine(step, steps, cfg.warmup)
         where = f"step {step}, rows {[numbers[row] for row in batch[:8]]}..."
         norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, where)
+
+        # One line of metrics.jsonl.
         loss = total(loss_sum).item()  # all ranks
-        if step % cfg.log_every == 0 or step == steps - 1:
-            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=time.time() - started,
-                                      tokens=sum(lengths[row] for row in batch)))
-        if (step + 1) % cfg.resume_every == 0 and step + 1 < steps:
+        last = step == steps - 1
+        if step % cfg.log_every == 0 or last:
+            seconds = time.time() - started
+            all_tokens = sum(lengths[row] for row in batch)  # with prompts
+            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=seconds,
+                                      tokens=all_tokens))
+        if (step + 1) % cfg.resume_every == 0 and not last:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
     save_model(model, tokenizer, cfg.out, dtype)  # all ranks
