@@ -1,4 +1,5 @@
 """demo.sh, whole, with small sizes: OUT=/tmp/x bash demo.sh small.toml"""
+
 import os, subprocess
 
 from conftest import ROOT, python
@@ -28,18 +29,41 @@ response_len = 16
 
 
 def demo(tmp_path):
-    return subprocess.run(["bash", "demo.sh", f"{tmp_path}/small.toml"], cwd=ROOT, capture_output=True, text=True, timeout=900,
-                          env=os.environ | {"OUT": f"{tmp_path}/out", "PYTHON": python()})
+    return subprocess.run(
+        ["bash", "demo.sh", f"{tmp_path}/small.toml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"OUT": f"{tmp_path}/out", "PYTHON": python()},
+    )
 
 
 def test_demo_runs_whole_and_a_second_time_skips_what_is_finished(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL)
     first = demo(tmp_path)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    for what in ("Table 1", "Table 2", "Table 3", "Fine-grained Token-level PPO", "a bag of tokens", "report.html"):
+    for what in (
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "Fine-grained Token-level PPO",
+        "a bag of tokens",
+        "report.html",
+    ):
         assert what in first.stdout, what
     page = (tmp_path / "out/report.html").read_text()
-    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script src" not in page
-    assert '"seed": 7' in (tmp_path / "out/sft/run.json").read_text(), "demo.sh must pass its arguments on"
+    assert (
+        "<svg" in page
+        and "http://" not in page.replace("http://www.w3.org", "")
+        and "<script src" not in page
+    )
+    assert '"seed": 7' in (tmp_path / "out/sft/run.json").read_text(), (
+        "demo.sh must pass its arguments on"
+    )
     second = demo(tmp_path)
-    assert second.returncode == 0 and second.stdout.count("is finished") >= 9 and "step 0 |" not in second.stdout
+    assert (
+        second.returncode == 0
+        and second.stdout.count("is finished") >= 9
+        and "step 0 |" not in second.stdout
+    )

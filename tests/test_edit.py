@@ -1,8 +1,9 @@
 """edit.py: nothing lost, nothing paid twice, nothing taken for an edit that is none.
 
-    python -m pytest tests/test_edit.py               # against tests/claude_standin.py; a minute
-    LARGE=1 python -m pytest tests/test_edit.py       # and 2,000 asks, 20 times kill -9, with batches and without
+python -m pytest tests/test_edit.py               # against tests/claude_standin.py; a minute
+LARGE=1 python -m pytest tests/test_edit.py       # and 2,000 asks, 20 times kill -9, with batches and without
 """
+
 import contextlib, json, os, random, re, signal, subprocess, sys, threading, time, urllib.error, urllib.request
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,8 @@ STUB = SHARED / "tools" / "claude_stub.py"
 
 @pytest.fixture(autouse=True)
 def setting(monkeypatch, tmp_path):
-    """A key, a fresh folder, quick retries; and the locks of a run end with the run, as they do with its process"""
+    """A key, a fresh folder, quick retries; and the locks of a run end with the run, as they do
+    with its process"""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -44,8 +46,16 @@ def release_locks():
 
 
 def pairs(n, text="teh answer {i} is wrong."):
-    return [{"instruction": f"Question {i}?", "input": "" if i % 3 else f"context {i}", "output_1": text.format(i=i),
-             "output_2": f"Preferred {i}.", "preference": 2} for i in range(n)]
+    return [
+        {
+            "instruction": f"Question {i}?",
+            "input": "" if i % 3 else f"context {i}",
+            "output_1": text.format(i=i),
+            "output_2": f"Preferred {i}.",
+            "preference": 2,
+        }
+        for i in range(n)
+    ]
 
 
 def write(rows, path="pref.jsonl"):
@@ -71,36 +81,67 @@ def command(*words, **env):
 
 # ---------------------------------------------------------------- the prompt
 
+
 def test_prompt_is_figure_2():
     row = {"instruction": "Say {original}.", "input": "a\nb", "original": "teh {input}"}
     request = edit.build_request(edit.Config(model="claude-haiku-4-5"), row)
     assert request["messages"] == [
-        {"role": "user", "content": "Question: Say {original}.\nInput: a\nb\n\nResponse: teh {input}\n\nPlease make minimal changes to the above "
-         "response in order to make it a more helpful response to the question. NOTE It is important to only make minimal changes to "
-         "the response — try to keep most of the response unchanged."},
-        {"role": "assistant", "content": "Here is my attempt to make minimal changes to improve the response:"}]
+        {
+            "role": "user",
+            "content": "Question: Say {original}.\nInput: a\nb\n\nResponse: teh {input}\n\nPlease make minimal changes to the above "
+            "response in order to make it a more helpful response to the question. NOTE It is important to only make minimal changes to "
+            "the response — try to keep most of the response unchanged.",
+        },
+        {
+            "role": "assistant",
+            "content": "Here is my attempt to make minimal changes to improve the response:",
+        },
+    ]
     request = edit.build_request(edit.Config(system="Be kind."), row | {"input": ""})
     (turn,) = request["messages"]
-    assert turn["content"].startswith("Question: Say {original}.\n\nResponse: teh {input}\n\nPlease")  # no Input line
+    assert turn["content"].startswith(
+        "Question: Say {original}.\n\nResponse: teh {input}\n\nPlease"
+    )  # no Input line
     assert turn["content"].endswith(edit.TAGS) and request["system"] == "Be kind."
-    assert set(request) == {"model", "max_tokens", "messages", "system"}  # the API takes no temperature
+    assert set(request) == {
+        "model",
+        "max_tokens",
+        "messages",
+        "system",
+    }  # the API takes no temperature
     long = edit.build_request(edit.Config(), row | {"original": "word " * 4000})["max_tokens"]
     assert edit.build_request(edit.Config(), row)["max_tokens"] < long <= 21_333
     assert edit.build_request(edit.Config(max_tokens=99), row, longest=True)["max_tokens"] == 99
     assert edit.build_request(edit.Config(max_tokens=99), row)["max_tokens"] == 99
-    edit.build_request(edit.Config(), row | {"original": "half \ud83d"})["messages"][0]["content"].encode()
+    edit.build_request(edit.Config(), row | {"original": "half \ud83d"})["messages"][0][
+        "content"
+    ].encode()
 
 
-@pytest.mark.parametrize("model, tags", [("claude-2.1", False), ("claude-3-5-haiku-20241022", False), ("claude-opus-4-1-20250805", False),
-                                         ("claude-sonnet-4-20250514", False), ("claude-haiku-4-5-20251001", False),
-                                         ("claude-opus-4-5", False), ("claude-opus-4-6", True), ("claude-sonnet-5-5", True), ("other", True)])
+@pytest.mark.parametrize(
+    "model, tags",
+    [
+        ("claude-2.1", False),
+        ("claude-3-5-haiku-20241022", False),
+        ("claude-opus-4-1-20250805", False),
+        ("claude-sonnet-4-20250514", False),
+        ("claude-haiku-4-5-20251001", False),
+        ("claude-opus-4-5", False),
+        ("claude-opus-4-6", True),
+        ("claude-sonnet-5-5", True),
+        ("other", True),
+    ],
+)
 def test_prefill_only_where_the_model_takes_one(model, tags):
     assert edit.uses_tags(edit.Config(model=model)) == tags
-    assert edit.uses_tags(edit.Config(model=model, prefill="")) and not edit.uses_tags(edit.Config(editor="local", model=model))
+    assert edit.uses_tags(edit.Config(model=model, prefill="")) and not edit.uses_tags(
+        edit.Config(editor="local", model=model)
+    )
 
 
 def test_rows(monkeypatch, capsys):
-    """The loser is edited, its `cut` goes with it, extra fields pass, and what asks the same is asked once"""
+    """The loser is edited, its `cut` goes with it, extra fields pass, and what asks the same is
+    asked once"""
     rows = pairs(3)
     rows[0] |= {"preference": 1, "output_2": "bad one", "cut": ["output_2"], "generator": "g"}
     rows[1] |= {"cut": ["output_2"], "id": "mine"}
@@ -110,81 +151,205 @@ def test_rows(monkeypatch, capsys):
         assert "2 of 5 rows ask what another one asks" in capsys.readouterr().out
         assert len(out) == 3 and set(claude.asked.values()) == {1}
         assert not any("Preferred" in prompt for prompt in claude.asked)
-    assert list(out[0])[:9] == ["id", "instruction", "input", "original", "edited", "editor", "model", "stop_reason", "usage"]
-    assert (out[0]["original"], out[0]["edited"], out[0]["cut"], out[0]["generator"]) == ("bad one", "good one", ["original"], "g")
-    assert "cut" not in out[1] and out[1]["source_id"] == "mine" and not {"output_1", "output_2", "preference"} & set(out[1])
+    assert list(out[0])[:9] == [
+        "id",
+        "instruction",
+        "input",
+        "original",
+        "edited",
+        "editor",
+        "model",
+        "stop_reason",
+        "usage",
+    ]
+    assert (out[0]["original"], out[0]["edited"], out[0]["cut"], out[0]["generator"]) == (
+        "bad one",
+        "good one",
+        ["original"],
+        "g",
+    )
+    assert (
+        "cut" not in out[1]
+        and out[1]["source_id"] == "mine"
+        and not {"output_1", "output_2", "preference"} & set(out[1])
+    )
     assert out[0]["usage"]["output_tokens"] > 0 and out[0]["model"] == edit.Config.model
     write([{"instruction": "i", "input": None, "original": "  teh end \n"}], "plain.jsonl")
     with Standin() as claude:  # the original's own white space is kept
-        assert run(monkeypatch, claude, data="plain.jsonl", out="plain_edits.jsonl", model="claude-haiku-4-5")[0]["edited"] == "  the end \n"
+        assert (
+            run(
+                monkeypatch,
+                claude,
+                data="plain.jsonl",
+                out="plain_edits.jsonl",
+                model="claude-haiku-4-5",
+            )[0]["edited"]
+            == "  the end \n"
+        )
     assert len({row["id"] for row in out} | {row["id"] for row in read("plain_edits.jsonl")}) == 4
 
 
 def test_id_is_a_hash_of_what_is_asked():
-    """Whatever changes the request changes the id, text that moves from one field to the next, too"""
-    write([{"instruction": "a", "input": "b", "original": "c"}, {"instruction": "a", "input": "", "original": "c"},
-           {"instruction": "a", "input": "x", "original": "c"}, {"instruction": "ab", "input": "", "original": "c"},
-           {"instruction": "a", "input": "", "original": "bc"}, {"instruction": "a", "input": "b", "original": "c", "more": 1}])
-    configs = [{}, {"model": "m"}, {"system": "s"}, {"prompt": "p {original}"}, {"prefill": "s"}, {"tags": "<x></x>"}, {"editor": "human"}]
+    """Whatever changes the request changes the id, text that moves from one field to the next,
+    too"""
+    write(
+        [
+            {"instruction": "a", "input": "b", "original": "c"},
+            {"instruction": "a", "input": "", "original": "c"},
+            {"instruction": "a", "input": "x", "original": "c"},
+            {"instruction": "ab", "input": "", "original": "c"},
+            {"instruction": "a", "input": "", "original": "bc"},
+            {"instruction": "a", "input": "b", "original": "c", "more": 1},
+        ]
+    )
+    configs = [
+        {},
+        {"model": "m"},
+        {"system": "s"},
+        {"prompt": "p {original}"},
+        {"prefill": "s"},
+        {"tags": "<x></x>"},
+        {"editor": "human"},
+    ]
     ids = [list(edit.read_rows(edit.Config(data="pref.jsonl", **fields))) for fields in configs]
-    assert len({key for keys in ids for key in keys}) == 5 * len(configs)  # the sixth row asks what the first does
-    assert ids[0] == list(edit.read_rows(edit.Config(data="pref.jsonl", concurrency=1, max_tokens=9, seed=1)))
+    assert len({key for keys in ids for key in keys}) == 5 * len(
+        configs
+    )  # the sixth row asks what the first does
+    assert ids[0] == list(
+        edit.read_rows(edit.Config(data="pref.jsonl", concurrency=1, max_tokens=9, seed=1))
+    )
     assert all(re.fullmatch("[0-9a-f]{32}", key) for key in ids[0])  # a batch's custom_id
 
 
 # ---------------------------------------------------------------- replies
 
-@pytest.mark.parametrize("text, stop, tag, edited, error, again", [
-    ("<e>the cat</e>", "end_turn", "e", "the cat", None, False),
-    (" \n<e>\nthe <b>cat</b></e> ", "end_turn", "e", "the <b>cat</b>", None, False),
-    ("<e>a</e> b</e>", "end_turn", "e", "a</e> b", None, False),
-    ("<e>the c", "max_tokens", "e", None, "cut by max_tokens", True),
-    ("<e>the cat</e>", "max_tokens", "e", None, "cut by max_tokens", True),
-    ("<e>the c", "end_turn", "e", None, "no <e> tags", True),
-    ("Here is the edited answer:\n\n<e>the cat</e>", "end_turn", "e", None, "preamble", True),
-    ("<e>the cat</e>\nI changed one word.", "end_turn", "e", None, "text behind the tags", True),
-    ("<e>Here is the edited answer:\nthe cat</e>", "end_turn", "e", None, "preamble", True),
-    ("<e>  \n</e>", "end_turn", "e", None, "empty reply", True),
-    ("", "end_turn", "e", None, "empty reply", True),
-    ("\n \n", "end_turn", None, None, "empty reply", True),
-    ("", "refusal", "e", None, "refusal", False),
-    ("I can't help with that.", "refusal", None, None, "refusal", False),
-    ("I can’t help with that.", "end_turn", None, None, "refusal", False),
-    ("Sure! Here's the improved version:\nthe cat", "end_turn", None, None, "preamble", True),
-    ("\n\nthe cat\n", "end_turn", None, "the cat", None, False),
-    ("the cat", "pause_turn", None, None, "cut by pause_turn", True),
-    ("Here is the edited answer: the cat", "end_turn", None, None, "preamble", True),
-    ("Of course!\n\nHere you go\nthe cat", "end_turn", None, None, "preamble", True),
-    ("the cat\n\nI changed one word.", "end_turn", None, None, "comment behind the answer", True),
-    ("the cat\n\n(The changes I made: one.)", "end_turn", None, None, "comment behind the answer", True),
-    ("<e>the cat\n\nI made it.</e>", "end_turn", "e", "the cat\n\nI made it.", None, False),
-    ("the cat\n\nThe changes of the year.", "end_turn", None, "the cat\n\nThe changes of the year.", None, False),
-    ("The improved engine has two parts: a and b.", "end_turn", None, "The improved engine has two parts: a and b.", None, False),
-])
+
+@pytest.mark.parametrize(
+    "text, stop, tag, edited, error, again",
+    [
+        ("<e>the cat</e>", "end_turn", "e", "the cat", None, False),
+        (" \n<e>\nthe <b>cat</b></e> ", "end_turn", "e", "the <b>cat</b>", None, False),
+        ("<e>a</e> b</e>", "end_turn", "e", "a</e> b", None, False),
+        ("<e>the c", "max_tokens", "e", None, "cut by max_tokens", True),
+        ("<e>the cat</e>", "max_tokens", "e", None, "cut by max_tokens", True),
+        ("<e>the c", "end_turn", "e", None, "no <e> tags", True),
+        ("Here is the edited answer:\n\n<e>the cat</e>", "end_turn", "e", None, "preamble", True),
+        (
+            "<e>the cat</e>\nI changed one word.",
+            "end_turn",
+            "e",
+            None,
+            "text behind the tags",
+            True,
+        ),
+        ("<e>Here is the edited answer:\nthe cat</e>", "end_turn", "e", None, "preamble", True),
+        ("<e>  \n</e>", "end_turn", "e", None, "empty reply", True),
+        ("", "end_turn", "e", None, "empty reply", True),
+        ("\n \n", "end_turn", None, None, "empty reply", True),
+        ("", "refusal", "e", None, "refusal", False),
+        ("I can't help with that.", "refusal", None, None, "refusal", False),
+        ("I can’t help with that.", "end_turn", None, None, "refusal", False),
+        ("Sure! Here's the improved version:\nthe cat", "end_turn", None, None, "preamble", True),
+        ("\n\nthe cat\n", "end_turn", None, "the cat", None, False),
+        ("the cat", "pause_turn", None, None, "cut by pause_turn", True),
+        ("Here is the edited answer: the cat", "end_turn", None, None, "preamble", True),
+        ("Of course!\n\nHere you go\nthe cat", "end_turn", None, None, "preamble", True),
+        (
+            "the cat\n\nI changed one word.",
+            "end_turn",
+            None,
+            None,
+            "comment behind the answer",
+            True,
+        ),
+        (
+            "the cat\n\n(The changes I made: one.)",
+            "end_turn",
+            None,
+            None,
+            "comment behind the answer",
+            True,
+        ),
+        ("<e>the cat\n\nI made it.</e>", "end_turn", "e", "the cat\n\nI made it.", None, False),
+        (
+            "the cat\n\nThe changes of the year.",
+            "end_turn",
+            None,
+            "the cat\n\nThe changes of the year.",
+            None,
+            False,
+        ),
+        (
+            "The improved engine has two parts: a and b.",
+            "end_turn",
+            None,
+            "The improved engine has two parts: a and b.",
+            None,
+            False,
+        ),
+    ],
+)
 def test_read_reply(text, stop, tag, edited, error, again):
     assert edit.read_reply(edit.Reply(text, stop, {}), "teh cat", tag) == (edited, error, again)
 
 
 def test_an_answer_may_read_like_a_preamble_or_a_comment():
-    for text in ("Here are two fruits:\napple", "I'm sorry, apples are no fruit.", "Dear apple,\n\nI made a cake.\n\nLet me know."):
-        assert edit.read_reply(edit.Reply(text, "end_turn", {}), text.replace("apple", "teh aple"), None)[0] == text
-    assert edit.read_reply(edit.Reply("<e>I cannot help with that.</e>", "end_turn", {}), "Steal it.", "e")[0]
+    for text in (
+        "Here are two fruits:\napple",
+        "I'm sorry, apples are no fruit.",
+        "Dear apple,\n\nI made a cake.\n\nLet me know.",
+    ):
+        assert (
+            edit.read_reply(
+                edit.Reply(text, "end_turn", {}), text.replace("apple", "teh aple"), None
+            )[0]
+            == text
+        )
+    assert edit.read_reply(
+        edit.Reply("<e>I cannot help with that.</e>", "end_turn", {}), "Steal it.", "e"
+    )[0]
 
 
 def test_read_message():
     def message(**usage):
-        blocks = [SimpleNamespace(type="thinking", thinking="hm"), *(SimpleNamespace(type="text", text=text) for text in "ab")]
-        return SimpleNamespace(content=blocks, stop_reason="end_turn", usage=SimpleNamespace(**usage))
-    assert claude_module.read_message(message(input_tokens=3, output_tokens=None)) == ("ab", "end_turn", {"input_tokens": 3, "output_tokens": 0}, None, False)
+        blocks = [
+            SimpleNamespace(type="thinking", thinking="hm"),
+            *(SimpleNamespace(type="text", text=text) for text in "ab"),
+        ]
+        return SimpleNamespace(
+            content=blocks, stop_reason="end_turn", usage=SimpleNamespace(**usage)
+        )
+
+    assert claude_module.read_message(message(input_tokens=3, output_tokens=None)) == (
+        "ab",
+        "end_turn",
+        {"input_tokens": 3, "output_tokens": 0},
+        None,
+        False,
+    )
     assert claude_module.read_message(message()) == (None, None, None, "broken reply", True)
 
 
 # ---------------------------------------------------------------- faults
 
-FAULTS = {"429": "429 rate_limit_error Injected rate_limit_error.", "529": "529 overloaded_error", "500": "500", "drop": "APIConnectionError",
-          "garbage": "JSONDecodeError", "html": "broken reply", "no_utf8": "UnicodeDecodeError", "null": "broken reply",
-          "no_usage": "broken reply", "no_text": "broken reply", "truncate": "cut by max_tokens", "refusal": "refusal", "empty": "empty reply",
-          "preamble": "preamble", "wrong_tag": "no <edited> tags", "400": "400 invalid_request_error"}
+FAULTS = {
+    "429": "429 rate_limit_error Injected rate_limit_error.",
+    "529": "529 overloaded_error",
+    "500": "500",
+    "drop": "APIConnectionError",
+    "garbage": "JSONDecodeError",
+    "html": "broken reply",
+    "no_utf8": "UnicodeDecodeError",
+    "null": "broken reply",
+    "no_usage": "broken reply",
+    "no_text": "broken reply",
+    "truncate": "cut by max_tokens",
+    "refusal": "refusal",
+    "empty": "empty reply",
+    "preamble": "preamble",
+    "wrong_tag": "no <edited> tags",
+    "400": "400 invalid_request_error",
+}
 
 
 def fault_of(prompt):
@@ -201,35 +366,67 @@ def test_each_fault_is_recognised_retried_once_and_recorded(monkeypatch):
         asked = {fault_of(prompt): n for prompt, n in claude.asked.items()}
     for row, fault in zip(out, FAULTS):
         assert row["edited"] is None and row["error"].startswith(FAULTS[fault][:12]), row
-        assert asked[fault] == {"429": 4, "529": 4, "500": 4, "drop": 4, "refusal": 1, "400": 1}.get(fault, 2), fault
+        assert asked[fault] == {
+            "429": 4,
+            "529": 4,
+            "500": 4,
+            "drop": 4,
+            "refusal": 1,
+            "400": 1,
+        }.get(fault, 2), fault
     assert "Here is the edited" in next(row["raw"] for row in out if row["error"] == "preamble")
     assert out[-1]["edited"] == mended(rows[-1]["output_1"]) and asked[""] == 1
-    with Standin() as claude:  # the API is well again: what failed is asked, and only that; one line per id
+    with (
+        Standin() as claude
+    ):  # the API is well again: what failed is asked, and only that; one line per id
         again = run(monkeypatch, claude)
-        assert sum(claude.asked.values()) == len(FAULTS) and not any("error" in row or row["edited"] is None for row in again)
+        assert sum(claude.asked.values()) == len(FAULTS) and not any(
+            "error" in row or row["edited"] is None for row in again
+        )
         assert [row["id"] for row in again] == [row["id"] for row in out]
-        assert max(claude.limits) == edit.Config.max_tokens  # the one that was cut gets all the room there is
+        assert (
+            max(claude.limits) == edit.Config.max_tokens
+        )  # the one that was cut gets all the room there is
 
 
 def test_second_try_helps(monkeypatch):
     write(pairs(20))
     faults = ["empty", "preamble", "garbage", "html", "truncate", "wrong_tag"]
-    with Standin(fault=lambda prompt, turn: faults[len(prompt) * 7 % 6] if turn == 1 else "") as claude:
+    with Standin(
+        fault=lambda prompt, turn: faults[len(prompt) * 7 % 6] if turn == 1 else ""
+    ) as claude:
         out = run(monkeypatch, claude)
         assert all(row["edited"] for row in out) and set(claude.asked.values()) == {2}
 
 
 def test_every_fault_among_many(monkeypatch):
-    """Each id once, as edit or as failure with its reason; none asked again that was done; the bound holds"""
+    """Each id once, as edit or as failure with its reason; none asked again that was done; the
+    bound holds"""
     n, rng = 150, random.Random(0)
     write(pairs(n))
-    kinds = ["429", "529", "500", "drop", "garbage", "html", "truncate", "refusal", "empty", "preamble", "wrong_tag"]
-    with Standin(fault=lambda prompt, turn: rng.choice(kinds) if rng.random() < 0.5 else "", delay=0.01) as claude:
+    kinds = [
+        "429",
+        "529",
+        "500",
+        "drop",
+        "garbage",
+        "html",
+        "truncate",
+        "refusal",
+        "empty",
+        "preamble",
+        "wrong_tag",
+    ]
+    with Standin(
+        fault=lambda prompt, turn: rng.choice(kinds) if rng.random() < 0.5 else "", delay=0.01
+    ) as claude:
         out = run(monkeypatch, claude, concurrency=8)
         assert len(out) == len({row["id"] for row in out}) == n and claude.most <= 8
         assert max(claude.answered.values()) == 1
         for row in out:
-            assert row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"], row
+            assert (
+                row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"]
+            ), row
     assert 0 < sum(row["edited"] is None for row in out) < n / 2
 
 
@@ -241,9 +438,18 @@ def test_retry_after_is_bounded(monkeypatch):
     def nap(seconds):
         assert seconds < 5, f"the SDK would have slept {seconds} seconds"
         sleep(seconds)
+
     monkeypatch.setattr("time.sleep", nap)
-    for value in ("100000", "Wed, 21 Oct 2099 07:28:00 GMT", "nan", {"retry-after-ms": "1e9"}, {"retry-after-ms": "100000000"}):
-        with Standin(fault=lambda prompt, turn: "429" if turn < 3 else "", retry_after=value) as claude:
+    for value in (
+        "100000",
+        "Wed, 21 Oct 2099 07:28:00 GMT",
+        "nan",
+        {"retry-after-ms": "1e9"},
+        {"retry-after-ms": "100000000"},
+    ):
+        with Standin(
+            fault=lambda prompt, turn: "429" if turn < 3 else "", retry_after=value
+        ) as claude:
             assert all(row["edited"] for row in run(monkeypatch, claude, overwrite=True))
             assert set(claude.asked.values()) == {3}
 
@@ -251,7 +457,7 @@ def test_retry_after_is_bounded(monkeypatch):
 def test_hung_requests_time_out(monkeypatch):
     write(pairs(1))
     with Standin(delay=5) as claude:
-        row, = run(monkeypatch, claude, timeout=0.2, retries=0)
+        (row,) = run(monkeypatch, claude, timeout=0.2, retries=0)
         assert row["error"] == "APITimeoutError"
 
 
@@ -264,21 +470,34 @@ def test_hopeless_errors_stop_at_once(monkeypatch, capsys, fault, then):
             run(monkeypatch, claude, concurrency=4)
         assert stop.value.code == 2 and sum(claude.asked.values()) <= 4
     error = capsys.readouterr().err
-    assert [line for line in error.splitlines() if "the API says" in line and fault in line] and KEY not in error
+    assert [
+        line for line in error.splitlines() if "the API says" in line and fault in line
+    ] and KEY not in error
     count = iter(range(10**6))
-    with Standin(fault=lambda prompt, turn: fault if next(count) >= then else "") as claude, contextlib.suppress(SystemExit):
+    with (
+        Standin(fault=lambda prompt, turn: fault if next(count) >= then else "") as claude,
+        contextlib.suppress(SystemExit),
+    ):
         run(monkeypatch, claude, concurrency=1)
     assert len(read()) == (8 if fault == "401" else 20)
 
 
 def test_no_key(monkeypatch, capsys):
     write(pairs(2))
-    for key, words in (("", "no API key: set ANTHROPIC_API_KEY"), ("sk-ant-with\nnewline", "ANTHROPIC_API_KEY holds white space")):
+    for key, words in (
+        ("", "no API key: set ANTHROPIC_API_KEY"),
+        ("sk-ant-with\nnewline", "ANTHROPIC_API_KEY holds white space"),
+    ):
         monkeypatch.setenv("ANTHROPIC_API_KEY", key)
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch)
         captured = capsys.readouterr()
-        assert stop.value.code == 2 and words in captured.err and "newline" not in captured.err and captured.err.count("\n") == 1
+        assert (
+            stop.value.code == 2
+            and words in captured.err
+            and "newline" not in captured.err
+            and captured.err.count("\n") == 1
+        )
         assert os.listdir() == ["pref.jsonl"]
 
 
@@ -286,18 +505,29 @@ def test_nothing_secret_in_logs_or_files(monkeypatch, capfd):
     rows = pairs(12, "teh private {i} text is wrong.")
     write(rows)
     kinds = ["429", "drop", "garbage", "400", "empty", ""]
-    with Standin(fault=lambda prompt, turn: kinds[int(re.search(r"Question (\d+)", prompt)[1]) % 6]) as claude:
+    with Standin(
+        fault=lambda prompt, turn: kinds[int(re.search(r"Question (\d+)", prompt)[1]) % 6]
+    ) as claude:
         out = run(monkeypatch, claude, retries=0)
-        assert any(KEY in value for headers in claude.headers for value in headers.values())  # it was sent
+        assert any(
+            KEY in value for headers in claude.headers for value in headers.values()
+        )  # it was sent
     captured = capfd.readouterr()
-    everything = captured.out + captured.err + "".join(path.read_text() for path in Path().iterdir() if path.name != "pref.jsonl")
-    assert not [word for word in (KEY, "uthorization", "Headers(", "user-agent") if word in everything]
+    everything = (
+        captured.out
+        + captured.err
+        + "".join(path.read_text() for path in Path().iterdir() if path.name != "pref.jsonl")
+    )
+    assert not [
+        word for word in (KEY, "uthorization", "Headers(", "user-agent") if word in everything
+    ]
     assert "private" not in captured.out + captured.err
     for i, row in enumerate(out):
         assert not [j for j in range(12) if j != i and f"private {j} text" in json.dumps(row)]
 
 
 # ---------------------------------------------------------------- nothing lost, nothing twice
+
 
 def test_rerun_asks_nothing(monkeypatch, capsys):
     n = 20_000
@@ -319,7 +549,9 @@ def test_rerun_asks_nothing(monkeypatch, capsys):
 def test_each_row_is_on_disk_before_the_next_is_asked(monkeypatch):
     write(pairs(9))
     seen = []
-    with Standin(fault=lambda prompt, turn: seen.append(lines_of(Path("edits.jsonl"))) or "") as claude:
+    with Standin(
+        fault=lambda prompt, turn: seen.append(lines_of(Path("edits.jsonl"))) or ""
+    ) as claude:
         run(monkeypatch, claude, concurrency=1)
     assert seen == list(range(9))
 
@@ -335,7 +567,9 @@ def test_torn_line_is_mended(monkeypatch):
             assert run(monkeypatch, claude) == whole
             lost = 10 - text[:-cut].count(b"\n")
             assert sum(claude.asked.values()) == lost, cut
-        Path("edits.jsonl").write_bytes(text + text.splitlines(True)[3])  # a line of an id that stands twice
+        Path("edits.jsonl").write_bytes(
+            text + text.splitlines(True)[3]
+        )  # a line of an id that stands twice
         assert run(monkeypatch, claude) == whole
 
 
@@ -343,13 +577,20 @@ def test_another_config_is_refused(monkeypatch, capsys):
     write(pairs(3))
     with Standin() as claude:
         run(monkeypatch, claude)
-        for fields in ({"prompt": edit.PROMPT + "!"}, {"tags": "Between <new> and </new>."}, {"model": "claude-opus-4-6"}, {"system": "x"}):
+        for fields in (
+            {"prompt": edit.PROMPT + "!"},
+            {"tags": "Between <new> and </new>."},
+            {"model": "claude-opus-4-6"},
+            {"system": "x"},
+        ):
             with pytest.raises(SystemExit) as stop:
                 run(monkeypatch, claude, **fields)
             assert stop.value.code == 2 and next(iter(fields)) in capsys.readouterr().err
         write(pairs(4))
         claude.asked.clear()
-        run(monkeypatch, claude, concurrency=3, max_tokens=999, limit=2)  # these cannot change an edit; grown data goes on
+        run(
+            monkeypatch, claude, concurrency=3, max_tokens=999, limit=2
+        )  # these cannot change an edit; grown data goes on
         assert len(run(monkeypatch, claude)) == 4 and sum(claude.asked.values()) == 1
         assert len(run(monkeypatch, claude, limit=1)) == 4  # nothing that was paid for is dropped
         old = {row["id"] for row in read()}
@@ -359,8 +600,13 @@ def test_another_config_is_refused(monkeypatch, capsys):
 
 def test_bad_input(monkeypatch, capsys):
     write([pairs(1)[0] | {"preference": 3}])
-    for fields, words in (({}, "pref.jsonl:1: preference must be 1 or 2, got 3"), ({"data": "none.jsonl"}, "does not exist; make it with"),
-                          ({"max_tokens": 30_000}, "21,333"), ({"concurrency": 0}, "at least 1"), ({"tags": "no tags"}, "<tag>")):
+    for fields, words in (
+        ({}, "pref.jsonl:1: preference must be 1 or 2, got 3"),
+        ({"data": "none.jsonl"}, "does not exist; make it with"),
+        ({"max_tokens": 30_000}, "21,333"),
+        ({"concurrency": 0}, "at least 1"),
+        ({"tags": "no tags"}, "<tag>"),
+    ):
         with pytest.raises(SystemExit) as stop:
             write(pairs(1)) if fields else None
             run(monkeypatch, **fields)
@@ -370,8 +616,11 @@ def test_bad_input(monkeypatch, capsys):
 
 @contextlib.contextmanager
 def service(*words):
-    """The stand-in, or the shared stub if words are given, as a process of its own -> its address"""
-    script = [str(STUB), "--port", "0", *words] if words else [str(ROOT / "tests" / "claude_standin.py")]
+    """The stand-in, or the shared stub if words are given, as a process of its own -> its
+    address"""
+    script = (
+        [str(STUB), "--port", "0", *words] if words else [str(ROOT / "tests" / "claude_standin.py")]
+    )
     process = subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().strip()
@@ -391,20 +640,26 @@ def kill_and_restart(url, times, n, *flags, longest):
     while kills < times or not done:
         rows, out = pairs(n, f"teh answer {{i}} of {done} is wrong."), f"edits{done}.jsonl"
         write(rows)
-        words, env = command("pref.jsonl", f"--out={out}", "--concurrency=4", *flags, ANTHROPIC_BASE_URL=url)
+        words, env = command(
+            "pref.jsonl", f"--out={out}", "--concurrency=4", *flags, ANTHROPIC_BASE_URL=url
+        )
         record, process = Path(f"{out}.run.json"), None
         while process is None or process.returncode:
             before = record.stat().st_mtime_ns if record.exists() else 0
             with open("stderr", "w") as stderr:
                 process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=stderr)
-            while process.poll() is None and not (record.exists() and record.stat().st_mtime_ns > before):
+            while process.poll() is None and not (
+                record.exists() and record.stat().st_mtime_ns > before
+            ):
                 time.sleep(0.01)
             time.sleep(longest * rng.random())
             if kills < times and process.poll() is None:
                 process.kill()
                 kills += 1
             assert process.wait(300) in (0, -signal.SIGKILL), Path("stderr").read_text()[-2000:]
-        assert [(row["instruction"], row["edited"]) for row in read(out)] == [(row["instruction"], mended(row["output_1"])) for row in rows]
+        assert [(row["instruction"], row["edited"]) for row in read(out)] == [
+            (row["instruction"], mended(row["output_1"])) for row in rows
+        ]
         done += 1
 
 
@@ -416,7 +671,8 @@ def test_kill_9(flags):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c(monkeypatch, capsys, number):
-    """What is in flight is finished and written, nothing new is asked, and it is said how much is left"""
+    """What is in flight is finished and written, nothing new is asked, and it is said how much is
+    left"""
     write(pairs(40))
 
     signals = [number]  # one: the second would end us
@@ -425,6 +681,7 @@ def test_ctrl_c(monkeypatch, capsys, number):
         if len(claude.asked) == 10 and signals:
             os.kill(os.getpid(), signals.pop())
         return "empty" if "Question 3?" in prompt else ""
+
     with Standin(fault=fault, delay=0.05) as claude:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude, concurrency=3)
@@ -441,12 +698,23 @@ def test_ctrl_c_while_batches_are_made_or_worked_on(monkeypatch, capsys, moment,
     monkeypatch.setattr("plumbing.claude.ROWS", 2)
     write(pairs(4))
     signals = [signal.SIGINT]
-    with Standin(trouble=lambda action: os.kill(os.getpid(), signals.pop()) if action == moment and signals else "") as claude:
+    with Standin(
+        trouble=lambda action: (
+            os.kill(os.getpid(), signals.pop()) if action == moment and signals else ""
+        )
+    ) as claude:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude, batch_api=True)
-        assert stop.value.code == 130 and "4 of 4 rows are left" in capsys.readouterr().out and len(claude.batches) == made
+        assert (
+            stop.value.code == 130
+            and "4 of 4 rows are left" in capsys.readouterr().out
+            and len(claude.batches) == made
+        )
         claude.trouble = lambda action: ""
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 2
+        assert (
+            all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+            and len(claude.batches) == 2
+        )
 
 
 def test_two_runs_at_once(monkeypatch, capsys):
@@ -455,13 +723,19 @@ def test_two_runs_at_once(monkeypatch, capsys):
         before = run(monkeypatch, claude)
         with pytest.raises(SystemExit) as stop:  # the lock of the run before is still held
             edit.main(edit.Config(data="pref.jsonl", out="edits.jsonl"))
-    assert stop.value.code == 2 and "another run is writing edits.jsonl" in capsys.readouterr().err and read() == before
+    assert (
+        stop.value.code == 2
+        and "another run is writing edits.jsonl" in capsys.readouterr().err
+        and read() == before
+    )
 
 
 def test_disk_full(monkeypatch):
-    """A line that does not fit is taken away whole: the next one, once there is room, begins a line of its own"""
+    """A line that does not fit is taken away whole: the next one, once there is room, begins a line
+    of its own"""
     import resource
     from extras.editors import page as edit_page
+
     write(pairs(6))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = []
@@ -478,35 +752,59 @@ def test_disk_full(monkeypatch):
             assert Path("edits.jsonl").stat().st_size == size and done.get(key) is None
             save(key, "mine")
             sizes.append(size)
+
     monkeypatch.setattr(edit_page, "serve", serve)
-    assert [row["edited"] for row in run(monkeypatch, editor="human")] == ["mine"] * 6 and len(set(sizes)) == 6
+    assert [row["edited"] for row in run(monkeypatch, editor="human")] == ["mine"] * 6 and len(
+        set(sizes)
+    ) == 6
 
 
 # ---------------------------------------------------------------- batches
 
+
 def test_batches(monkeypatch):
-    """Results in any order, errored and expired ones asked again, invalid ones not; several chunks; nothing left to do after"""
+    """Results in any order, errored and expired ones asked again, invalid ones not; several chunks;
+    nothing left to do after"""
     from plumbing import claude as claude_batches
+
     monkeypatch.setattr(claude_batches, "ROWS", 7)
     write(pairs(30))
     kinds = {1: "errored", 2: "expired", 3: "400", 4: "preamble", 5: "refusal"}
-    with Standin(fault=lambda prompt, turn: kinds.get(int(re.search(r"Question (\d+)", prompt)[1]), "")
-                 if turn == 1 or "Question 3?" in prompt else "", batch_seconds=0.1) as claude:
+    with Standin(
+        fault=lambda prompt, turn: (
+            kinds.get(int(re.search(r"Question (\d+)", prompt)[1]), "")
+            if turn == 1 or "Question 3?" in prompt
+            else ""
+        ),
+        batch_seconds=0.1,
+    ) as claude:
         out = run(monkeypatch, claude, batch_api=True)
         assert claude.most == 0 and len(claude.batches) == 6  # 5 chunks, and the second try
-        asked = {int(re.search(r"Question (\d+)", prompt)[1]): times for prompt, times in claude.asked.items()}
+        asked = {
+            int(re.search(r"Question (\d+)", prompt)[1]): times
+            for prompt, times in claude.asked.items()
+        }
         made = len(claude.batches)
         run(monkeypatch, claude, batch_api=True, limit=1)
         assert len(claude.batches) == made
-    assert not [batch for batch in json.loads(Path("edits.jsonl.batches.json").read_text()) if batch["keys"]]
+    assert not [
+        batch for batch in json.loads(Path("edits.jsonl.batches.json").read_text()) if batch["keys"]
+    ]
     assert asked == {i: 2 if i in (1, 2, 4) else 1 for i in range(30)}
     for i, row in enumerate(out):
-        assert row["edited"] == (None if i in (3, 5) else mended(row["original"])) and row["instruction"] == f"Question {i}?"
-    assert out[3]["error"] == "errored invalid_request_error Injected invalid_request_error." and out[5]["error"] == "refusal"
+        assert (
+            row["edited"] == (None if i in (3, 5) else mended(row["original"]))
+            and row["instruction"] == f"Question {i}?"
+        )
+    assert (
+        out[3]["error"] == "errored invalid_request_error Injected invalid_request_error."
+        and out[5]["error"] == "refusal"
+    )
 
 
 def test_chunks_keep_within_the_bounds_of_a_batch(monkeypatch):
     from plumbing import claude as claude_batches
+
     assert claude_batches.ROWS <= 100_000 and claude_batches.BYTES < 256e6  # the API's
     monkeypatch.setattr(claude_batches, "ROWS", 5)
     monkeypatch.setattr(claude_batches, "BYTES", 3000)
@@ -514,12 +812,16 @@ def test_chunks_keep_within_the_bounds_of_a_batch(monkeypatch):
     requests = {f"{i:032}": {"messages": "é" * rng.choice((1, 50, 400))} for i in range(200)}
     chunks = list(claude_batches.chunks(requests))
     assert sum(chunks, []) == list(requests) and max(map(len, chunks)) == 5
-    sizes = [len(json.dumps([{"custom_id": key, "params": requests[key]} for key in keys])) for keys in chunks]
+    sizes = [
+        len(json.dumps([{"custom_id": key, "params": requests[key]} for key in keys]))
+        for keys in chunks
+    ]
     assert 2500 < max(sizes) <= 3000
 
 
 def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
-    """The answer to create is lost: the batch is found, not made twice. The same when we die between the two."""
+    """The answer to create is lost: the batch is found, not made twice. The same when we die
+    between the two."""
     write(pairs(9))
     with Standin(lose_create=[1]) as claude:
         assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
@@ -528,90 +830,154 @@ def test_a_batch_whose_making_was_not_heard_of(monkeypatch):
         Path("edits.jsonl").write_text("")
         state = json.loads(Path("edits.jsonl.batches.json").read_text())
         keys = list(edit.read_rows(edit.Config(data="pref.jsonl", limit=1)))
-        Path("edits.jsonl.batches.json").write_text(json.dumps([{"id": None, "keys": keys, "at": state[0]["at"]}]))
-        assert run(monkeypatch, claude, batch_api=True, limit=1)[0]["edited"] and len(claude.batches) == 2
+        Path("edits.jsonl.batches.json").write_text(
+            json.dumps([{"id": None, "keys": keys, "at": state[0]["at"]}])
+        )
+        assert (
+            run(monkeypatch, claude, batch_api=True, limit=1)[0]["edited"]
+            and len(claude.batches) == 2
+        )
 
 
 def test_batches_under_way_are_not_paid_twice(monkeypatch, capsys):
-    """Killed while a batch is worked on: requests one by one are refused, a smaller --limit leaves the other results there"""
+    """Killed while a batch is worked on: requests one by one are refused, a smaller --limit leaves
+    the other results there"""
     from plumbing import claude as claude_batches
+
     write(pairs(8))
     with Standin() as claude:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-            patch.setattr(claude_batches, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+            patch.setattr(
+                claude_batches, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("killed"))
+            )
             run(monkeypatch, claude, batch_api=True)
-        assert [batch["id"] for batch in json.loads(Path("edits.jsonl.batches.json").read_text())] == ["msgbatch_1"]
+        assert [
+            batch["id"] for batch in json.loads(Path("edits.jsonl.batches.json").read_text())
+        ] == ["msgbatch_1"]
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, claude)
-        assert stop.value.code == 2 and "continue with --batch_api=true" in capsys.readouterr().err and not claude.most
+        assert (
+            stop.value.code == 2
+            and "continue with --batch_api=true" in capsys.readouterr().err
+            and not claude.most
+        )
         assert len(run(monkeypatch, claude, batch_api=True, limit=3)) == 3
         assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
         assert len(claude.batches) == 1 and set(claude.asked.values()) == {1}
         write(pairs(9))
-        assert len(run(monkeypatch, claude)) == 9  # none is under way any more: the ninth is asked at once
-        Path("edits.jsonl.batches.json").write_text(json.dumps([{"id": "msgbatch_1", "keys": [row["id"] for row in read()], "at": ""}]))
-        assert len(run(monkeypatch, claude, overwrite=True)) == 9 and sum(claude.asked.values()) == 18  # given up: all anew
+        assert (
+            len(run(monkeypatch, claude)) == 9
+        )  # none is under way any more: the ninth is asked at once
+        Path("edits.jsonl.batches.json").write_text(
+            json.dumps([{"id": "msgbatch_1", "keys": [row["id"] for row in read()], "at": ""}])
+        )
+        assert (
+            len(run(monkeypatch, claude, overwrite=True)) == 9 and sum(claude.asked.values()) == 18
+        )  # given up: all anew
 
 
 def test_another_runs_batch_of_the_same_size(monkeypatch):
-    """It was made last and ours was not heard of, so it is taken for ours, until its results tell"""
+    """It was made last and ours was not heard of, so it is taken for ours, until its results
+    tell"""
     from plumbing import claude as claude_batches
+
     write(pairs(4))
     find = claude_batches.find
 
     def after_another(client, *rest):
         if len(claude.batches) == 1:  # ours; the other run's comes a moment later
-            requests = [{"custom_id": f"theirs{i}", "params": entry["params"]} for i, entry in enumerate(claude.batches["msgbatch_1"][1])]
+            requests = [
+                {"custom_id": f"theirs{i}", "params": entry["params"]}
+                for i, entry in enumerate(claude.batches["msgbatch_1"][1])
+            ]
             client.messages.batches.create(requests=requests)
         return find(client, *rest)
+
     monkeypatch.setattr(claude_batches, "find", after_another)
     with Standin(lose_create=[1], batch_seconds=0.1) as claude:
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 2
+        assert (
+            all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+            and len(claude.batches) == 2
+        )
 
 
 def test_trouble_with_batches(monkeypatch, capsys):
-    """While a batch is made and looked at everything may fail for a while; for good: one line, and the same command goes on"""
+    """While a batch is made and looked at everything may fail for a while; for good: one line, and
+    the same command goes on"""
     from plumbing import claude as claude_batches
+
     monkeypatch.setattr(claude_batches, "PATIENCE", 14)  # the faults below
     write(pairs(5))
-    faults = dict.fromkeys(("create", "retrieve", "results"), ("500", "429", "drop", "garbage", "html", "no_utf8", "null"))
-    left = {action: list(kinds) if action != "create" else ["529", "html"] for action, kinds in faults.items()}
-    with Standin(trouble=lambda action: left[action].pop() if left.get(action) else "", batch_seconds=0) as claude:
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True, retries=0)) and len(claude.batches) == 1
+    faults = dict.fromkeys(
+        ("create", "retrieve", "results"),
+        ("500", "429", "drop", "garbage", "html", "no_utf8", "null"),
+    )
+    left = {
+        action: list(kinds) if action != "create" else ["529", "html"]
+        for action, kinds in faults.items()
+    }
+    with Standin(
+        trouble=lambda action: left[action].pop() if left.get(action) else "", batch_seconds=0
+    ) as claude:
+        assert (
+            all(row["edited"] for row in run(monkeypatch, claude, batch_api=True, retries=0))
+            and len(claude.batches) == 1
+        )
         assert not any(left.values())
-        for action, fault, words in (("create", "400", "400 invalid_request_error"), ("create", "401", "AuthenticationError 401"),
-                                     ("retrieve", "401", "AuthenticationError 401"), ("list", "null", "looks for it"),
-                                     ("results", "500", "InternalServerError 500")):
+        for action, fault, words in (
+            ("create", "400", "400 invalid_request_error"),
+            ("create", "401", "AuthenticationError 401"),
+            ("retrieve", "401", "AuthenticationError 401"),
+            ("list", "null", "looks for it"),
+            ("results", "500", "InternalServerError 500"),
+        ):
             seen = []
-            claude.trouble = lambda at: seen.append(at) or (fault if at == action else "drop" if (action, at) == ("list", "create") else "")
+            claude.trouble = lambda at: (
+                seen.append(at)
+                or (fault if at == action else "drop" if (action, at) == ("list", "create") else "")
+            )
             with pytest.raises(SystemExit) as stop:
                 run(monkeypatch, claude, batch_api=True, retries=0, overwrite=True)
             text = capsys.readouterr().err
-            assert stop.value.code == 2 and words in text and "the same command" in text and KEY not in text, (action, text)
+            assert (
+                stop.value.code == 2
+                and words in text
+                and "the same command" in text
+                and KEY not in text
+            ), (action, text)
             assert fault != "401" or seen.count(action) == 1  # it stops at once
         claude.trouble, made = lambda action: "", len(claude.batches)
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == made
+        assert (
+            all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+            and len(claude.batches) == made
+        )
 
 
 @pytest.mark.parametrize("arrived", [True, False])
 def test_death_while_a_batch_is_sent(monkeypatch, arrived):
     """Before its id was heard: the batch is found if it was made, and sent if it was not"""
     from plumbing import claude as claude_batches
+
     send = claude_batches.send
 
     def die(*arguments):
         if arrived:
             send(*arguments)
         raise RuntimeError("killed")
+
     write(pairs(5))
     with Standin() as claude:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(claude_batches, "send", die)
             run(monkeypatch, claude, batch_api=True)
-        assert all(row["edited"] for row in run(monkeypatch, claude, batch_api=True)) and len(claude.batches) == 1
+        assert (
+            all(row["edited"] for row in run(monkeypatch, claude, batch_api=True))
+            and len(claude.batches) == 1
+        )
 
 
 # ---------------------------------------------------------------- cost
+
 
 @pytest.mark.parametrize("editor", ["human", "local", "rules"])
 def test_a_dry_run_of_who_asks_no_service_asks_none(monkeypatch, capsys, editor):
@@ -619,16 +985,27 @@ def test_a_dry_run_of_who_asks_no_service_asks_none(monkeypatch, capsys, editor)
     with Standin() as claude:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
         edit.main(edit.Config(data="pref.jsonl", dry_run=True, editor=editor))
-        assert "does not call Claude" in capsys.readouterr().out and not claude.asked and not Path("edits.jsonl").exists()
+        assert (
+            "does not call Claude" in capsys.readouterr().out
+            and not claude.asked
+            and not Path("edits.jsonl").exists()
+        )
 
 
 def test_a_mistake_leaves_no_record(monkeypatch, capsys):
     """What was refused before anything was asked does not stand in the way of the mended command"""
     write(pairs(3))
-    for fields, words in (({"editor": "rules"}, "instruction"), ({"tags": "none"}, "--tags must ask")):
+    for fields, words in (
+        ({"editor": "rules"}, "instruction"),
+        ({"tags": "none"}, "--tags must ask"),
+    ):
         with pytest.raises(SystemExit) as end:
             edit.main(edit.Config(data="pref.jsonl", out="edits.jsonl", **fields))
-        assert end.value.code == 2 and words in capsys.readouterr().err and not list(Path().glob("edits*"))
+        assert (
+            end.value.code == 2
+            and words in capsys.readouterr().err
+            and not list(Path().glob("edits*"))
+        )
 
 
 def test_the_record_is_of_the_whole_file(monkeypatch):
@@ -646,47 +1023,108 @@ def test_dry_run(monkeypatch, capsys):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "")
     edit.main(edit.Config(data="pref.jsonl", dry_run=True, system="\x1b[31mred"))
     text = capsys.readouterr().out
-    requests = [edit.build_request(edit.Config(), row) for row in edit.read_rows(edit.Config(data="pref.jsonl")).values()]
-    tokens = sum(len(request["messages"][0]["content"]) + len("\x1b[31mred") for request in requests) / 4
-    assert f"{len(requests)} to {edit.Config.model}" in text and f"{round(tokens):,} (estimated" in text and "\x1b" not in text
+    requests = [
+        edit.build_request(edit.Config(), row)
+        for row in edit.read_rows(edit.Config(data="pref.jsonl")).values()
+    ]
+    tokens = (
+        sum(len(request["messages"][0]["content"]) + len("\x1b[31mred") for request in requests) / 4
+    )
+    assert (
+        f"{len(requests)} to {edit.Config.model}" in text
+        and f"{round(tokens):,} (estimated" in text
+        and "\x1b" not in text
+    )
     assert "Question: Question 0?\nInput: context 0\n\nResponse: teh answer 0 is wrong." in text
     output = sum(len(row["output_1"]) for row in pairs(300)) // 4
     assert f"dollars        {(3 * round(tokens) + 15 * output) / 1e6:,.2f} ($3 and $15" in text
-    write([{"instruction": f"{i:0168}", "input": "", "original": f"{i:0515}"} for i in range(10_000)])  # the README's figures
+    write(
+        [{"instruction": f"{i:0168}", "input": "", "original": f"{i:0515}"} for i in range(10_000)]
+    )  # the README's figures
     for batch, price in ((False, "27.00"), (True, "13.50")):
         edit.main(edit.Config(data="pref.jsonl", dry_run=True, batch_api=batch))
         text = capsys.readouterr().out
-        assert all(words in text for words in ("10,000 to claude-sonnet-4-6", "2,562,500 (est", "1,287,500 (est", f"      {price} ("))
+        assert all(
+            words in text
+            for words in (
+                "10,000 to claude-sonnet-4-6",
+                "2,562,500 (est",
+                "1,287,500 (est",
+                f"      {price} (",
+            )
+        )
     write(pairs(300))
     edit.main(edit.Config(data="pref.jsonl", dry_run=True, model="claude-next"))
-    assert "dollars        unknown: claude-next is not in the price table" in capsys.readouterr().out
+    assert (
+        "dollars        unknown: claude-next is not in the price table" in capsys.readouterr().out
+    )
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     with Standin() as claude:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", claude.url)
         lengths = [len(request["messages"][0]["content"]) for request in requests[:101]]
         edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=9))
         assert f"{sum(n // 3 for n in lengths[:9]):,} (the API's count)" in capsys.readouterr().out
-        edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=101))  # every second one is counted
+        edit.main(
+            edit.Config(data="pref.jsonl", dry_run=True, limit=101)
+        )  # every second one is counted
         scaled = sum(n // 3 for n in lengths[::2]) * sum(lengths) / sum(lengths[::2])
-        assert f"{round(scaled):,} (the API's count of 51 requests, scaled by length)" in capsys.readouterr().out
+        assert (
+            f"{round(scaled):,} (the API's count of 51 requests, scaled by length)"
+            in capsys.readouterr().out
+        )
         claude.fault = lambda prompt, turn: "garbage"
         edit.main(edit.Config(data="pref.jsonl", dry_run=True, limit=9))
-        assert "4 characters each; the API would not count" in capsys.readouterr().out and not claude.asked
+        assert (
+            "4 characters each; the API would not count" in capsys.readouterr().out
+            and not claude.asked
+        )
     assert os.listdir() == ["pref.jsonl"]
-    assert claude_module.dollars("claude-haiku-4-5-20251001", {"input_tokens": 10**6, "output_tokens": 10**6}, batch=True) == 3
+    assert (
+        claude_module.dollars(
+            "claude-haiku-4-5-20251001", {"input_tokens": 10**6, "output_tokens": 10**6}, batch=True
+        )
+        == 3
+    )
 
 
 # ---------------------------------------------------------------- the gate and the statistics
 
+
 def test_stats(capsys):
-    rows = [("a b c d e f g h", "a b c d e f g"), ("a b c d e f g h", "a x c d e f g h"), ("a b c d", "a b c d"), ("a b", ""), ("a b", None),
-            ("a b c d", "w x y z"), ("a b c d", "a b new c d")]
-    write([{"instruction": f"i{k}", "input": "", "original": a, "edited": b, **({"error": "refusal"} if b is None else {})}
-           for k, (a, b) in enumerate(rows)], "edits.jsonl")
+    rows = [
+        ("a b c d e f g h", "a b c d e f g"),
+        ("a b c d e f g h", "a x c d e f g h"),
+        ("a b c d", "a b c d"),
+        ("a b", ""),
+        ("a b", None),
+        ("a b c d", "w x y z"),
+        ("a b c d", "a b new c d"),
+    ]
+    write(
+        [
+            {
+                "instruction": f"i{k}",
+                "input": "",
+                "original": a,
+                "edited": b,
+                **({"error": "refusal"} if b is None else {}),
+            }
+            for k, (a, b) in enumerate(rows)
+        ],
+        "edits.jsonl",
+    )
     edit_stats.main(["edits.jsonl", "--max_changed=0.7", "--n=1"])
     text = capsys.readouterr().out
-    assert "7 rows: 3 edits pass the gate" in text and "1 identical" in text and "1 empty" in text and "1 changed share" in text
-    assert "1 failed: refusal" in " ".join(text.split()) and "operations: 1 insert, 2 delete, 2 replace" in text
+    assert (
+        "7 rows: 3 edits pass the gate" in text
+        and "1 identical" in text
+        and "1 empty" in text
+        and "1 changed share" in text
+    )
+    assert (
+        "1 failed: refusal" in " ".join(text.split())
+        and "operations: 1 insert, 2 delete, 2 replace" in text
+    )
     assert "[-a b c d-]{+w x y z+}" in text and text.count("changed)") == 1
 
 
@@ -695,11 +1133,22 @@ def test_summary_of_a_run(monkeypatch, capsys):
     write(pairs(3))
     with Standin(fault=lambda prompt, turn: "refusal" if "Question 1?" in prompt else "") as claude:
         out, text = run(monkeypatch, claude, model="claude-opus-4-6"), capsys.readouterr().out
-        spent = {name: sum(row["usage"][name] for row in out) for name in ("input_tokens", "output_tokens")}
-        assert f"{spent['input_tokens']} tokens in and {spent['output_tokens']} out this time, $0.0" in text
-        assert "3 rows: 2 edited, 0 unchanged, 1 failed\nfailed: 1 refusal\n" in text and "teh" not in text
+        spent = {
+            name: sum(row["usage"][name] for row in out)
+            for name in ("input_tokens", "output_tokens")
+        }
+        assert (
+            f"{spent['input_tokens']} tokens in and {spent['output_tokens']} out this time, $0.0"
+            in text
+        )
+        assert (
+            "3 rows: 2 edited, 0 unchanged, 1 failed\nfailed: 1 refusal\n" in text
+            and "teh" not in text
+        )
         record = json.loads(Path("edits.jsonl.run.json").read_text())
-        assert record["finished"] and spent | {"rows": 3, "failed": 1} == {name: record[name] for name in ("rows", "failed", *spent)}
+        assert record["finished"] and spent | {"rows": 3, "failed": 1} == {
+            name: record[name] for name in ("rows", "failed", *spent)
+        }
 
 
 def test_operations_against_a_plain_reading():
@@ -711,13 +1160,23 @@ def test_operations_against_a_plain_reading():
         for side in masks:
             kept.append([k for k, changed in enumerate(side) if not changed] + [len(side)])
         for x, y in zip(*kept):
-            counts["replace" if x > i and y > j else "delete" if x > i else "insert" if y > j else "none"] += 1
+            counts[
+                "replace"
+                if x > i and y > j
+                else "delete"
+                if x > i
+                else "insert"
+                if y > j
+                else "none"
+            ] += 1
             i, j = x + 1, y + 1
         del counts["none"]
         assert edit_stats.operations(*masks) == counts
 
 
-@pytest.mark.parametrize("name, rows", [("qa_feedback/edits.jsonl", 500), ("paradetox/edits_test.jsonl", 1000)])
+@pytest.mark.parametrize(
+    "name, rows", [("qa_feedback/edits.jsonl", 500), ("paradetox/edits_test.jsonl", 1000)]
+)
 def test_stats_of_peoples_edits(capsys, name, rows):
     path = SHARED / "data" / name
     if not path.exists():
@@ -725,40 +1184,85 @@ def test_stats_of_peoples_edits(capsys, name, rows):
     edit_stats.main([str(path), "--n=10", "--max_changed=0.5"])
     text = capsys.readouterr().out
     kept = int(re.search(r"(\d+) edits pass", text)[1])
-    assert text.startswith(f"{rows} rows: {kept} edits pass") and 0 < kept < rows and text.count("changed)") == 10 and "\x1b" not in text
+    assert (
+        text.startswith(f"{rows} rows: {kept} edits pass")
+        and 0 < kept < rows
+        and text.count("changed)") == 10
+        and "\x1b" not in text
+    )
 
 
 # ---------------------------------------------------------------- other editors
+
 
 def test_local_model(monkeypatch):
     """A tiny random chat model: its replies pass the same checks, and do not depend on the batch"""
     torch = pytest.importorskip("torch")
     from tokenizers import Tokenizer, models, pre_tokenizers, decoders
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<|end|>", "<|turn|>"])}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(
+        models.BPE({c: i for i, c in enumerate([*alphabet, "<|end|>", "<|turn|>"])}, [])
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.chat_template = ("{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
-                          "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}")
+    fast.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+    )
     fast.save_pretrained("chat")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=2, max_position_embeddings=700)).save_pretrained("chat")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=258,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=700,
+        )
+    ).save_pretrained("chat")
     write(pairs(5) + [pairs(1, "long " * 200)[0]])
     fields = dict(editor="local", model="chat", prefill="Here:", max_tokens=80)
     out = run(monkeypatch, **fields, concurrency=4)
-    assert "positions" in out[5]["error"] and all(row["edited"] or row["error"] in ("cut by max_tokens", "empty reply") for row in out[:5])
+    assert "positions" in out[5]["error"] and all(
+        row["edited"] or row["error"] in ("cut by max_tokens", "empty reply") for row in out[:5]
+    )
     assert out[0]["model"] == "chat" and out[0]["usage"]["input_tokens"] > 300
     from extras.editors.local import ask_local
+
     requests = {row["id"]: edit.build_request(edit.Config(**fields), row) for row in out[:5]}
     model = LlamaForCausalLM.from_pretrained("chat")
-    for key, reply in ask_local(requests, threading.Event(), path="chat", batch=4, seed=0, temperature=0):
-        ids = fast.apply_chat_template(requests[key]["messages"], continue_final_message=True, return_dict=False, return_tensors="pt")
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=256,
-                               max_new_tokens=reply.usage["output_tokens"])
-        assert fast.decode(alone[0, ids.shape[1]:], skip_special_tokens=True) == reply.text != ""
-    drawn = [dict(ask_local(requests, threading.Event(), path="chat", batch=batch, seed=0, temperature=0.7)) for batch in (1, 5)]
+    for key, reply in ask_local(
+        requests, threading.Event(), path="chat", batch=4, seed=0, temperature=0
+    ):
+        ids = fast.apply_chat_template(
+            requests[key]["messages"],
+            continue_final_message=True,
+            return_dict=False,
+            return_tensors="pt",
+        )
+        alone = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            eos_token_id=256,
+            max_new_tokens=reply.usage["output_tokens"],
+        )
+        assert fast.decode(alone[0, ids.shape[1] :], skip_special_tokens=True) == reply.text != ""
+    drawn = [
+        dict(
+            ask_local(
+                requests, threading.Event(), path="chat", batch=batch, seed=0, temperature=0.7
+            )
+        )
+        for batch in (1, 5)
+    ]
     assert len({drawn[0][key].text for key in requests}) > 1  # draws of its own
     for key in requests:  # the same whatever the batch, up to the longest its batch allows
         short, long = sorted((answers[key].text for answers in drawn), key=len)
@@ -770,26 +1274,47 @@ def test_rules(monkeypatch):
     world = pytest.importorskip("data.toy.prepare", reason="the embedded world is not there yet")
     category = next(iter(world.CATEGORIES))
     items = sum(map(list, world.CATEGORIES.values()), [])
-    rows = [{"instruction": f"List three {category}.", "input": "", "original": "\n".join([items[i], items[-i - 1], items[i + 1]])} for i in range(9)]
+    rows = [
+        {
+            "instruction": f"List three {category}.",
+            "input": "",
+            "original": "\n".join([items[i], items[-i - 1], items[i + 1]]),
+        }
+        for i in range(9)
+    ]
     write(rows)
     out = run(monkeypatch, editor="rules")
-    assert any(row["edited"] != row["original"] for row in out) and out[0]["editor"] == "rules" and out[0]["model"] is None
+    assert (
+        any(row["edited"] != row["original"] for row in out)
+        and out[0]["editor"] == "rules"
+        and out[0]["model"] is None
+    )
     write(rows[4:])
     assert run(monkeypatch, editor="rules", out="part.jsonl") == out[4:]
 
 
 # ---------------------------------------------------------------- a person's page
 
+
 @pytest.fixture
 def desk():
-    """The page's server on six rows -> call(action, **arguments), the desk, what was saved, the address"""
-    rows = {f"k{i}": {"id": f"k{i}", "instruction": f"<b>Do</b> {i} & more", "input": "", "original": f"teh <i>answer</i> {i}\nis wrong"}
-            for i in range(6)}
+    """The page's server on six rows -> call(action, **arguments), the desk, what was saved, the
+    address"""
+    rows = {
+        f"k{i}": {
+            "id": f"k{i}",
+            "instruction": f"<b>Do</b> {i} & more",
+            "input": "",
+            "original": f"teh <i>answer</i> {i}\nis wrong",
+        }
+        for i in range(6)
+    }
     rows["k5"]["original"] = "two\r\nlines"
     done, finished = {}, threading.Event()
 
     def save(key, edited, error=None):
         done[key] = {"edited": edited, "error": error}
+
     table = edit_page.Desk(rows, done, save)
     server = edit_page.make_server(table, "secret", finished)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -798,6 +1323,7 @@ def desk():
     def call(action, **arguments):
         with urllib.request.urlopen(url + action, json.dumps(arguments).encode()) as reply:
             return json.load(reply)
+
     yield call, table, done, url, finished
     server.shutdown()
     server.server_close()
@@ -812,16 +1338,23 @@ def test_tabs_do_not_lose_each_others_rows(desk):
     same = call("row", tab="b", id="k1", step=-1)["row"]
     assert same["id"] == "k0" and same["edited"] == "mine"
     assert call("save", tab="a", id="k0", version=1, edited="mine again") == {"saved": True}
-    assert call("save", tab="b", id="k0", version=1, edited="theirs")["conflict"] == "mine again"  # seen before it is replaced
+    assert (
+        call("save", tab="b", id="k0", version=1, edited="theirs")["conflict"] == "mine again"
+    )  # seen before it is replaced
     assert done["k0"]["edited"] == "mine again"
     assert call("save", tab="b", id="k0", version=2, edited="theirs") == {"saved": True}
-    assert call("undo", tab="b", id="k0")["row"]["edited"] == "theirs" and done["k0"] == {"edited": None, "error": "taken back by the editor"}
+    assert call("undo", tab="b", id="k0")["row"]["edited"] == "theirs" and done["k0"] == {
+        "edited": None,
+        "error": "taken back by the editor",
+    }
     assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k3"
     table.leases["k2"] = ("a", time.monotonic() - edit_page.LEASE - 1)  # tab a was closed
     assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k2"
     row = call("row", tab="b", id="k5")["row"]
     call("save", tab="b", id="k5", version=0, edited="two\nlines")
-    assert row["original"] == done["k5"]["edited"] == "two\r\nlines"  # a browser's line ends are no edit
+    assert (
+        row["original"] == done["k5"]["edited"] == "two\r\nlines"
+    )  # a browser's line ends are no edit
     call("save", tab="b", id="k5", version=1, edited="two\nmore")
     table.rows["k4"]["original"] = "old\rMac"
     call("save", tab="b", id="k4", version=0, edited="old\nMac")
@@ -835,49 +1368,84 @@ def test_page_is_for_this_machine_and_token_only(desk):
     with urllib.request.urlopen(url) as page:
         text = page.read().decode()
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]
-    assert not re.findall(r"(?:src|href)\s*=|https?://|@import", text) and "innerHTML" not in text  # nothing from outside; no markup
-    for path, host in (("", "evil.example"), ("next", "evil.example:80"), ("wrong", None), ("wrong/next", None), ("nothing", None)):
+    assert (
+        not re.findall(r"(?:src|href)\s*=|https?://|@import", text) and "innerHTML" not in text
+    )  # nothing from outside; no markup
+    for path, host in (
+        ("", "evil.example"),
+        ("next", "evil.example:80"),
+        ("wrong", None),
+        ("wrong/next", None),
+        ("nothing", None),
+    ):
         address = url.replace("secret/", path) if path.startswith("wrong") else url + path
-        request = urllib.request.Request(address, b'{"tab": "a"}' if path else None, {"Host": host} if host else {})
+        request = urllib.request.Request(
+            address, b'{"tab": "a"}' if path else None, {"Host": host} if host else {}
+        )
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request)
         assert error.value.code == 404, path
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(url + "save", b'{"tab": "a", "id": "nobody", "version": 0, "edited": ""}')
+        urllib.request.urlopen(
+            url + "save", b'{"tab": "a", "id": "nobody", "version": 0, "edited": ""}'
+        )
     assert error.value.code == 400
 
 
 def test_human_in_a_browser(monkeypatch):
-    """The page in Debian's chromium: keyboard, live diff, escaping, undo, two tabs, and a restart"""
+    """The page in Debian's chromium: keyboard, live diff, escaping, undo, two tabs, and a
+    restart"""
     webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium")
     import shutil
+
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("no chromium and chromedriver here")
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
+
     rows = pairs(5, "teh <b>answer</b> {i} & its\nend \ud83d is wrong.")
     rows[0]["instruction"] = "<script>document.title = 'hacked'</script> What is it?"
     write(rows)
-    words, env = command("pref.jsonl", "--out=edits.jsonl", "--editor=human", DISPLAY="", WAYLAND_DISPLAY="", PYTHONUNBUFFERED="1")
+    words, env = command(
+        "pref.jsonl",
+        "--out=edits.jsonl",
+        "--editor=human",
+        DISPLAY="",
+        WAYLAND_DISPLAY="",
+        PYTHONUNBUFFERED="1",
+    )
 
     def start():
-        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for line in process.stdout:
             if "http://" in line:
                 return process, line.split()[-1]
+
     process, url = start()
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,1100"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1000,1100",
+    ):
         options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
 
     def until(words):
         WebDriverWait(browser, 10).until(lambda _: on_page(words), words)
 
     def on_page(words):  # asked of the page: chromedriver itself cannot carry half a surrogate
-        return browser.execute_script("return document.body.innerText.includes(arguments[0])", words)
+        return browser.execute_script(
+            "return document.body.innerText.includes(arguments[0])", words
+        )
 
     def press(*keys):
         chain = webdriver.ActionChains(browser)
@@ -887,28 +1455,37 @@ def test_human_in_a_browser(monkeypatch):
         for key in keys[:-1]:
             chain.key_up(key)
         chain.perform()
+
     try:
         browser.get(url)
         until("0 of 5 done")
-        assert browser.title == "Minimal edits" and "<script>" in browser.find_element(By.ID, "instruction").text
+        assert (
+            browser.title == "Minimal edits"
+            and "<script>" in browser.find_element(By.ID, "instruction").text
+        )
         field = browser.find_element(By.ID, "field")
-        assert browser.execute_script("return arguments[0].value.startsWith('teh <b>answer</b> 0 & its\\nend')", field)
+        assert browser.execute_script(
+            "return arguments[0].value.startsWith('teh <b>answer</b> 0 & its\\nend')", field
+        )
         browser.execute_script("arguments[0].setSelectionRange(0, 3)", field)
         field.send_keys("the")
-        assert browser.find_element(By.CSS_SELECTOR, "#diff del").text == "teh" and browser.find_element(By.CSS_SELECTOR, "#diff ins").text == "the"
+        assert (
+            browser.find_element(By.CSS_SELECTOR, "#diff del").text == "teh"
+            and browser.find_element(By.CSS_SELECTOR, "#diff ins").text == "the"
+        )
         assert re.fullmatch(r"[1-9]\d?% changed", browser.find_element(By.ID, "share").text)
         if os.environ.get("SCREENSHOT"):
             browser.save_screenshot(os.environ["SCREENSHOT"])
         press(Keys.CONTROL, Keys.ENTER)
         until("1 of 5 done")
-        press(Keys.ESCAPE)                                   # skip row 2
+        press(Keys.ESCAPE)  # skip row 2
         until("row 3")
         browser.execute_script("window.open(arguments[0])", url)
         browser.switch_to.window(browser.window_handles[1])
-        until("row 2")                                       # the other tab has row 3; row 2 is free again
+        until("row 2")  # the other tab has row 3; row 2 is free again
         press(Keys.CONTROL, Keys.ENTER)
         until("2 of 5 done")
-        press(Keys.ALT, "z")                                 # take it back
+        press(Keys.ALT, "z")  # take it back
         until("1 of 5 done")
         browser.switch_to.window(browser.window_handles[0])
         press(Keys.CONTROL, Keys.ENTER)
@@ -922,7 +1499,7 @@ def test_human_in_a_browser(monkeypatch):
         browser.get(url)
         with contextlib.suppress(Exception):
             browser.switch_to.alert.accept()
-        until("2 of 5 done")                                 # it goes on where it stopped
+        until("2 of 5 done")  # it goes on where it stopped
         for done in (3, 4, 5):
             press(Keys.CONTROL, Keys.ENTER)
             until(f"{done} of 5 done")
@@ -935,13 +1512,18 @@ def test_human_in_a_browser(monkeypatch):
         process.kill()
     out = read()
     assert [row["instruction"] for row in out] == [row["instruction"] for row in rows]
-    assert out[0]["edited"] == out[0]["original"].replace("teh", "the") and all(row["edited"] == row["original"] for row in out[1:])
+    assert out[0]["edited"] == out[0]["original"].replace("teh", "the") and all(
+        row["edited"] == row["original"] for row in out[1:]
+    )
     assert {(row["editor"], row["model"], row["usage"]) for row in out} == {("human", None, None)}
 
 
-# ---------------------------------------------------------------- the same against a fuller stub, where there is one
+# ---------------------------------------- the same against a fuller stub, where there is one
 
-needs_stub = pytest.mark.skipif(not STUB.exists(), reason="no fuller stub beside this project; tests/claude_standin.py has been asked")
+needs_stub = pytest.mark.skipif(
+    not STUB.exists(),
+    reason="no fuller stub beside this project; tests/claude_standin.py has been asked",
+)
 
 
 def stats_of(url):
@@ -953,18 +1535,42 @@ def stats_of(url):
 def test_stub_every_fault(monkeypatch):
     n = 2000 if LARGE else 200
     write(pairs(n))
-    kinds = ["429 0.2", "529", "500", "drop", "stall 1.5", "garbage", "garbage html", "truncate", "refusal", "refusal short", "empty",
-             "whitespace", "padded", "preamble", "wrong_tag", "thinking"]
-    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": fault, "every": 20} for fault in kinds]))
+    kinds = [
+        "429 0.2",
+        "529",
+        "500",
+        "drop",
+        "stall 1.5",
+        "garbage",
+        "garbage html",
+        "truncate",
+        "refusal",
+        "refusal short",
+        "empty",
+        "whitespace",
+        "padded",
+        "preamble",
+        "wrong_tag",
+        "thinking",
+    ]
+    Path("faults.json").write_text(
+        json.dumps([{"match": "*", "fault": fault, "every": 20} for fault in kinds])
+    )
     with service("--faults", "faults.json", "--log", "calls.jsonl") as url:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
         out = run(monkeypatch, concurrency=16, timeout=1.0)
         seen = stats_of(url)
     assert len(out) == len({row["id"] for row in out}) == n
-    assert seen["max_concurrency"] <= 16 + seen["outcomes"].get("stall", 0)  # a stalled one that timed out is still in there
-    assert seen["repeated_answers"] == 0 and set(kind.split()[0] for kind in kinds) <= set(seen["outcomes"])
+    assert seen["max_concurrency"] <= 16 + seen["outcomes"].get(
+        "stall", 0
+    )  # a stalled one that timed out is still in there
+    assert seen["repeated_answers"] == 0 and set(kind.split()[0] for kind in kinds) <= set(
+        seen["outcomes"]
+    )
     for row in out:
-        assert row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"], row
+        assert row["edited"] == mended(row["original"]) or row["edited"] is None and row["error"], (
+            row
+        )
     done = {row["original"] for row in out if row["edited"]}
     assert len(done) > 0.75 * n  # a tenth is refused, which is not asked again
 
@@ -974,13 +1580,23 @@ def test_stub_every_fault(monkeypatch):
 @pytest.mark.parametrize("batch_api", [False, True])
 def test_stub_prefill_tags_and_batches(monkeypatch, model, batch_api):
     write(pairs(40))
-    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": "errored", "every": 9}, {"match": "*", "fault": "expired", "every": 7}]))
+    Path("faults.json").write_text(
+        json.dumps(
+            [
+                {"match": "*", "fault": "errored", "every": 9},
+                {"match": "*", "fault": "expired", "every": 7},
+            ]
+        )
+    )
     with service("--faults", "faults.json", "--batch-seconds", "0.3") as url:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
         out = run(monkeypatch, model=model, batch_api=batch_api)
         seen = stats_of(url)
     assert sum(row["edited"] is None for row in out) < 4 and seen["repeated_answers"] == 0
-    assert all(row["edited"] in (mended(row["original"]), None) for row in out) and "rejected 400" not in seen["outcomes"]
+    assert (
+        all(row["edited"] in (mended(row["original"]), None) for row in out)
+        and "rejected 400" not in seen["outcomes"]
+    )
 
 
 @needs_stub
@@ -988,8 +1604,12 @@ def test_stub_prefill_tags_and_batches(monkeypatch, model, batch_api):
 @pytest.mark.parametrize("flags", [(), ("--batch_api=true",)], ids=["requests", "batches"])
 def test_stub_kill_9(flags):
     times = 20
-    Path("faults.json").write_text(json.dumps([{"match": "*", "fault": "stall 0.05"}] if not flags else []))
+    Path("faults.json").write_text(
+        json.dumps([{"match": "*", "fault": "stall 0.05"}] if not flags else [])
+    )
     with service("--faults", "faults.json", "--batch-seconds", "2") as url:
         kill_and_restart(url, times, 2000, *flags, longest=4)
         seen = stats_of(url)
-    assert seen["repeated_answers"] <= 4 * times * (not flags)  # at most what was in flight; of batches nothing
+    assert seen["repeated_answers"] <= 4 * times * (
+        not flags
+    )  # at most what was in flight; of batches nothing

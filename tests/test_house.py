@@ -1,4 +1,6 @@
-"""A file's place says what it may touch, and a copy of a stage is the same run. pytest tests/test_house.py"""
+"""A file's place says what it may touch, and a copy of a stage is the same run. pytest
+tests/test_house.py"""
+
 import ast
 import json
 import shutil
@@ -17,6 +19,7 @@ from plumbing.command_line import load_config
 
 
 # ---------------------------------------------------------------- where a file may look
+
 
 def imports_of(path):
     """The project's modules that a file imports, anywhere in it"""
@@ -42,8 +45,9 @@ def test_imports_go_in_one_direction():
 
 def copy_of_the_project(folder, *, extras=True):
     """The project's own files in another folder"""
-    ignored = shutil.ignore_patterns("out", ".git", "__pycache__", ".venv", "*.jsonl", "tests",
-                                     *([] if extras else ["extras"]))
+    ignored = shutil.ignore_patterns(
+        "out", ".git", "__pycache__", ".venv", "*.jsonl", "tests", *([] if extras else ["extras"])
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
     return folder
 
@@ -53,7 +57,9 @@ def test_everything_but_extras_runs_without_extras(tmp_path, world):
     home = copy_of_the_project(tmp_path / "home", extras=False)
 
     def stage(*words, code=0):
-        done = subprocess.run([python(), *map(str, words)], cwd=home, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [python(), *map(str, words)], cwd=home, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == code, (words, done.stdout[-2000:], done.stderr[-2000:])
         return done.stdout + done.stderr
 
@@ -63,23 +69,47 @@ def test_everything_but_extras_runs_without_extras(tmp_path, world):
     assert "48 rows:" in edited and "0 failed" in edited
     stage("diff.py", "--data=edits.jsonl", "--tokenizer=sft", "--out=diffs.jsonl")
     stage("reward_model.py", "--model=sft", "--data=diffs.jsonl", "--out=rm", *RM)
-    stage("ppo.py", "--policy=sft", "--reward_model=rm", "--data=d/prompts.jsonl", "--out=ppo", *PPO)
-    stage("evaluate.py", "decode", "--model=ppo", "--data=d/eval.jsonl", "--out=outputs.jsonl", "--response_len=12")
-    stage("evaluate.py", "judge", "--judge=gold", "--outputs=outputs.jsonl", "--reference=d/eval.jsonl",
-          "--out=ppo/val_annotations.jsonl")
+    stage(
+        "ppo.py", "--policy=sft", "--reward_model=rm", "--data=d/prompts.jsonl", "--out=ppo", *PPO
+    )
+    stage(
+        "evaluate.py",
+        "decode",
+        "--model=ppo",
+        "--data=d/eval.jsonl",
+        "--out=outputs.jsonl",
+        "--response_len=12",
+    )
+    stage(
+        "evaluate.py",
+        "judge",
+        "--judge=gold",
+        "--outputs=outputs.jsonl",
+        "--reference=d/eval.jsonl",
+        "--out=ppo/val_annotations.jsonl",
+    )
     assert "win_rate" in stage("evaluate.py", "winrate", "ppo/val_annotations.jsonl")
     assert "ppo ppo\n" in stage("evaluate.py", "best", "ppo")
-    figures = stage("evaluate.py", "rewards", "--reward_model=rm", "--data=d/pref_heldout.jsonl,edits.jsonl")
+    figures = stage(
+        "evaluate.py", "rewards", "--reward_model=rm", "--data=d/pref_heldout.jsonl,edits.jsonl"
+    )
     assert "accuracy" in figures and "extras/" in figures and "auroc" not in figures
 
-    for words in (["evaluate.py", "report", "."], ["diff.py", "show"], ["reward_model.py", "show"], ["edit.py", "stats"],
-                  ["edit.py", "--data=d/pref.jsonl", "--editor=human", "--out=h.jsonl"], ["ppo.py", "--plan=true"],
-                  ["edit.py", "--data=d/pref.jsonl", "--editor=local", "--model=sft", "--out=l.jsonl"]):
+    for words in (
+        ["evaluate.py", "report", "."],
+        ["diff.py", "show"],
+        ["reward_model.py", "show"],
+        ["edit.py", "stats"],
+        ["edit.py", "--data=d/pref.jsonl", "--editor=human", "--out=h.jsonl"],
+        ["ppo.py", "--plan=true"],
+        ["edit.py", "--data=d/pref.jsonl", "--editor=local", "--model=sft", "--out=l.jsonl"],
+    ):
         said = stage(*words, code=2)
         assert said.count("\n") == 1 and "needs the folder extras/" in said, said
 
 
 # ---------------------------------------------------------------- a copy is the same run
+
 
 def test_a_copy_under_another_name_is_the_same_run(tmp_path, world, ppo_flags):
     home = copy_of_the_project(tmp_path / "home")
@@ -87,18 +117,37 @@ def test_a_copy_under_another_name_is_the_same_run(tmp_path, world, ppo_flags):
     (tmp_path / "my.toml").write_text("[ppo]\nsteps = 2\nkl_coef = 0.5\nlr = 2e-3\n")
     words = [*ppo_flags, f"{tmp_path}/my.toml", "--steps=1"]
     for name in ("ppo", "my_ppo"):
-        done = subprocess.run([python(), f"{name}.py", *words, f"--out={tmp_path}/{name}"], cwd=home,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [python(), f"{name}.py", *words, f"--out={tmp_path}/{name}"],
+            cwd=home,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("ppo", "my_ppo"))
-    assert one["config"] | {"out": ""} == two["config"] | {"out": ""} and one["config"]["kl_coef"] == 0.5
-    assert one["inputs"] == two["inputs"] and one["code"] == two["code"] and set(one["code"]) == {"ppo", "common"}
+    one, two = (
+        json.loads((tmp_path / name / "run.json").read_text()) for name in ("ppo", "my_ppo")
+    )
+    assert (
+        one["config"] | {"out": ""} == two["config"] | {"out": ""}
+        and one["config"]["kl_coef"] == 0.5
+    )
+    assert (
+        one["inputs"] == two["inputs"]
+        and one["code"] == two["code"]
+        and set(one["code"]) == {"ppo", "common"}
+    )
     same_metrics(tmp_path / "ppo", tmp_path / "my_ppo", 0)
 
     # A table of the copy's own name says which table it reads.
     (tmp_path / "wrong.toml").write_text("[my_ppo]\nsteps = 2\n")
-    done = subprocess.run([python(), "my_ppo.py", f"{tmp_path}/wrong.toml"], cwd=home, capture_output=True, text=True)
-    assert done.returncode == 2 and "my_ppo.py reads [ppo]" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [python(), "my_ppo.py", f"{tmp_path}/wrong.toml"], cwd=home, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "my_ppo.py reads [ppo]" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
     # The copy continues the original's run; once its code differs, it does not.
     again = [python(), "my_ppo.py", *words, f"--out={tmp_path}/ppo"]
@@ -108,8 +157,14 @@ def test_a_copy_under_another_name_is_the_same_run(tmp_path, world, ppo_flags):
     assert "-advantages * ratio" in text
     (home / "my_ppo.py").write_text(text.replace("-advantages * ratio", "advantages * ratio"))
     done = subprocess.run(again, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 2 and "my_ppo.py changed" in done.stderr and "--allow_changed_code=true" in done.stderr
-    done = subprocess.run([*again, "--allow_changed_code"], cwd=home, capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and "my_ppo.py changed" in done.stderr
+        and "--allow_changed_code=true" in done.stderr
+    )
+    done = subprocess.run(
+        [*again, "--allow_changed_code"], cwd=home, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "is finished" in done.stdout
 
 
@@ -132,7 +187,9 @@ def begin(out, **options):
     """record.begin in a process of its own, as far as locks are concerned"""
     while record.LOCKS:
         record.LOCKS.pop().close()
-    fields = {name: options.pop(name) for name in ("overwrite", "allow_changed_code") if name in options}
+    fields = {
+        name: options.pop(name) for name in ("overwrite", "allow_changed_code") if name in options
+    }
     return record.begin(Run(str(out), **fields), "ppo", **options)
 
 
@@ -158,7 +215,11 @@ def test_changed_code(tmp_path, code, capsys, changed, finished):
         with pytest.raises(SystemExit) as end:
             begin(out)
         said = capsys.readouterr().err
-        assert end.value.code == 2 and f"{name} changed" in said and "--allow_changed_code=true" in said
+        assert (
+            end.value.code == 2
+            and f"{name} changed" in said
+            and "--allow_changed_code=true" in said
+        )
 
     assert begin(out, paid=True) is finished
     said = capsys.readouterr().out
@@ -192,6 +253,7 @@ def test_what_a_hash_of_code_sees(tmp_path):
 
 # ---------------------------------------------------------------- the command line
 
+
 @dataclass(frozen=True)
 class Config:
     data: list[str] = field(default_factory=list)
@@ -205,10 +267,19 @@ class Config:
 
 
 def test_ways_to_write_a_flag():
-    assert load_config(Config, "ppo", ["--lr", "3", "--kl-coef", "-2"]) == Config(lr=3.0, kl_coef=-2.0)
-    assert load_config(Config, "ppo", ["--dry-run", "a.jsonl"]) == Config(data=["a.jsonl"], dry_run=True)
-    assert load_config(Config, "ppo", ["--dry_run", "false", "--overwrite"]) == Config(overwrite=True)
-    assert load_config(Config, "ppo", ["--dry_run", "1"]).dry_run and not load_config(Config, "ppo", ["--dry-run=0"]).dry_run
+    assert load_config(Config, "ppo", ["--lr", "3", "--kl-coef", "-2"]) == Config(
+        lr=3.0, kl_coef=-2.0
+    )
+    assert load_config(Config, "ppo", ["--dry-run", "a.jsonl"]) == Config(
+        data=["a.jsonl"], dry_run=True
+    )
+    assert load_config(Config, "ppo", ["--dry_run", "false", "--overwrite"]) == Config(
+        overwrite=True
+    )
+    assert (
+        load_config(Config, "ppo", ["--dry_run", "1"]).dry_run
+        and not load_config(Config, "ppo", ["--dry-run=0"]).dry_run
+    )
     assert load_config(Config, "ppo", ["--limit", "None", "--prompt=a=b"]) == Config(prompt="a=b")
 
 
@@ -219,24 +290,36 @@ def test_a_path_may_hold_a_comma_and_a_tilde(tmp_path, monkeypatch):
     assert load_config(Config, "ppo", ["a,b.jsonl"]).data == ["a,b.jsonl"]
     assert load_config(Config, "ppo", ["--data=a,b.jsonl"]).data == ["a,b.jsonl"]
     assert load_config(Config, "ppo", ["--data=a,b"]).data == ["a", "b"]
-    assert load_config(Config, "ppo", ["a", "b"]).data == ["a", "b"], "two positional arguments are two items"
+    assert load_config(Config, "ppo", ["a", "b"]).data == ["a", "b"], (
+        "two positional arguments are two items"
+    )
     assert load_config(Config, "ppo", ["--out=~/x", "--data=~/y,~/z", "--prompt=~/x"]) == Config(
-        out=f"{tmp_path}/x", data=[f"{tmp_path}/y", f"{tmp_path}/z"], prompt="~/x")
+        out=f"{tmp_path}/x", data=[f"{tmp_path}/y", f"{tmp_path}/z"], prompt="~/x"
+    )
     Path("p.toml").write_text('[ppo]\ndata = ["a,b.jsonl", "~/c"]\nout = "~/x"\n')
-    assert load_config(Config, "ppo", ["p.toml"]) == Config(data=["a,b.jsonl", f"{tmp_path}/c"], out=f"{tmp_path}/x")
+    assert load_config(Config, "ppo", ["p.toml"]) == Config(
+        data=["a,b.jsonl", f"{tmp_path}/c"], out=f"{tmp_path}/x"
+    )
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--lr"], "--lr needs a value: write --lr=value"), (["--lr", "--overwrite"], "--lr needs a value"),
-    (["-lr=3"], "unknown option '-lr=3'; an option is written --name=value"),
-    (["--kl-ceof=1"], "unknown option 'kl-ceof'. Did you mean 'kl_coef'?"), (["--dry-run=maybe"], "dry_run must be bool")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--lr"], "--lr needs a value: write --lr=value"),
+        (["--lr", "--overwrite"], "--lr needs a value"),
+        (["-lr=3"], "unknown option '-lr=3'; an option is written --name=value"),
+        (["--kl-ceof=1"], "unknown option 'kl-ceof'. Did you mean 'kl_coef'?"),
+        (["--dry-run=maybe"], "dry_run must be bool"),
+    ],
+)
 def test_wrong_flags(capsys, words, said):
     with pytest.raises(SystemExit) as end:
         load_config(Config, "ppo", words)
     assert end.value.code == 2 and said in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the last token, wherever a response begins
+# ---------------------------------------- the last token, wherever a response begins
+
 
 def test_the_last_token_wherever_the_response_begins():
     r = torch.tensor([[1.0, 2, 3, 4]] * 4)
@@ -244,6 +327,13 @@ def test_the_last_token_wherever_the_response_begins():
     assert common.sequence_rewards(r, mask).tolist() == [2, 3, 4, 0]
     assert common.mean_rewards(r, mask).tolist() == [1.5, 2.5, 4, 0]
     import ppo
-    shaped = ppo.shape_rewards(torch.tensor([5.0, 6, 7, 8]), torch.zeros(4, 4), torch.zeros(4, 4), mask, level="sequence",
-                               kl_coef=0.0)
+
+    shaped = ppo.shape_rewards(
+        torch.tensor([5.0, 6, 7, 8]),
+        torch.zeros(4, 4),
+        torch.zeros(4, 4),
+        mask,
+        level="sequence",
+        kl_coef=0.0,
+    )
     assert shaped.tolist() == [[0, 5, 0, 0], [0, 0, 6, 0], [0, 0, 0, 7], [0, 0, 0, 0]]

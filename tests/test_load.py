@@ -1,4 +1,6 @@
-"""A sharded model is from_pretrained's to the last bit, and only rank 0 holds it whole. pytest tests/test_load.py"""
+"""A sharded model is from_pretrained's to the last bit, and only rank 0 holds it whole. pytest
+tests/test_load.py"""
+
 import torch
 from conftest import ROOT, run
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,7 +42,8 @@ for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
         with common.unsharded(model):
             assert not any(isinstance(p, DTensor) for p in model.parameters())
         assert all(isinstance(p, DTensor) for p in model.parameters()) and model.training != frozen
-        model(input_ids=ids)  # what is trained keeps its root whole for the backward, what is frozen keeps nothing
+        # what is trained keeps its root whole for the backward, what is frozen keeps nothing
+        model(input_ids=ids)
         assert all(isinstance(p, DTensor) for p in model.parameters()) == frozen
         logits = want.to(torch.bfloat16)(input_ids=ids).logits
         assert torch.allclose(model.eval()(input_ids=ids).logits, logits, atol=0.02)
@@ -58,8 +61,16 @@ assert (ranks.total(x).item(), ranks.total(x, "max").item(), x.item()) == (3, 2,
 
 def test_two_ranks_load_what_from_pretrained_loads(tmp_path):
     for name, tied in (("tied", True), ("untied", False)):
-        config = LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, pad_token_id=2,
-                             num_attention_heads=4, tie_word_embeddings=tied, eos_token_id=2)  # pad is eos
+        config = LlamaConfig(
+            vocab_size=37,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            pad_token_id=2,
+            num_attention_heads=4,
+            tie_word_embeddings=tied,
+            eos_token_id=2,
+        )  # pad is eos
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
     (tmp_path / "check.py").write_text(CHECK.format(root=str(ROOT)))
     run(tmp_path / "check.py", tmp_path / "tied", tmp_path / "untied", ranks=2)
@@ -84,7 +95,14 @@ assert ranks.total(norm, "max") == norm, "the gradients of all machines add up t
 
 
 def test_machines_hold_the_whole_model_each(tmp_path):
-    LlamaForCausalLM(LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                 num_attention_heads=4)).save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    ).save_pretrained(tmp_path / "model")
     (tmp_path / "check.py").write_text(MACHINES.format(root=str(ROOT)))
     run(tmp_path / "check.py", tmp_path / "model", ranks=2)

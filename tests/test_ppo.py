@@ -1,13 +1,19 @@
 """ppo.py to the decimal: a planted reward through the whole of a step, the objective by finite differences,
 what may change nothing, and what one sees. pytest tests/test_ppo.py"""
+
 import json, math, sys
 from types import SimpleNamespace
 
 import pytest, torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import common, ppo
@@ -17,7 +23,8 @@ from plumbing import watch
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------- a planted reward, from the prompt to the advantage
+# ---------------------------------------- a planted reward, from the prompt to the advantage
+
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
@@ -28,14 +35,28 @@ def planted(tmp_path_factory):
     bytes_only = Tokenizer(models.BPE(vocab=letters, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>"
+    )
     V, H = len(tokenizer), 264
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=V, hidden_size=H, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-                         num_labels=1, token_classification_bias=False, rms_norm_eps=1e-12, tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        token_classification_bias=False,
+        rms_norm_eps=1e-12,
+        tie_word_embeddings=False,
+    )
     policy, rm = LlamaForCausalLM(config), LlamaForTokenClassification(config)
     with torch.no_grad():
-        for model in (policy, rm):  # no layer adds anything: the last hidden state is sqrt(H) at the token itself
+        for model in (
+            policy,
+            rm,
+        ):  # no layer adds anything: the last hidden state is sqrt(H) at the token itself
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
@@ -51,29 +72,58 @@ def planted(tmp_path_factory):
     for name, model in (("policy", policy), ("rm", rm)):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
-    files.write_jsonl(home / "prompts.jsonl", [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)])
+    files.write_jsonl(
+        home / "prompts.jsonl",
+        [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)],
+    )
     return home
 
 
 def step_of(planted, tmp_path, monkeypatch, **fields):
-    """One step of ppo.main up to its update -> the rollout that the update gets, and the row of metrics.jsonl"""
-    fields = dict(rollout_batch=24, rollout_micro_batch=7, score_micro_batch=5, batch=12, micro_batch=5, response_len=8,
-                  steps=1, query_len=300, kl_coef=0.0, whiten_rewards=False, whiten_advantages=False) | fields
+    """One step of ppo.main up to its update -> the rollout that the update gets, and the row of
+    metrics.jsonl"""
+    fields = (
+        dict(
+            rollout_batch=24,
+            rollout_micro_batch=7,
+            score_micro_batch=5,
+            batch=12,
+            micro_batch=5,
+            response_len=8,
+            steps=1,
+            query_len=300,
+            kl_coef=0.0,
+            whiten_rewards=False,
+            whiten_advantages=False,
+        )
+        | fields
+    )
     seen = {}
+
     def update(models, optimizer, rollout, *rest):
         seen.update(rollout)
         return dict(first_ratio_error=0.0, clip_fraction=0.0, approx_kl=0.0, grad_norm=0.0)
+
     monkeypatch.setattr(ppo, "update", update)
     monkeypatch.setattr(watch, "listen_for_sigterm", lambda: None)
-    ppo.main(ppo.Config(policy=str(planted / "policy"), reward_model=str(planted / "rm"), out=str(tmp_path / "out"),
-                        data=str(planted / "prompts.jsonl"), **fields))
+    ppo.main(
+        ppo.Config(
+            policy=str(planted / "policy"),
+            reward_model=str(planted / "rm"),
+            out=str(tmp_path / "out"),
+            data=str(planted / "prompts.jsonl"),
+            **fields,
+        )
+    )
     tokenizer = AutoTokenizer.from_pretrained(planted / "policy")
     said = [common.decode_response(tokenizer, ids) for ids in seen["responses"]]
     ended = [ids[-1] == tokenizer.eos_token_id for ids in seen["responses"]]
     assert {text[0] for text in said} == set("ruwxyc")
     assert len({len(ids) for ids in seen["prompts"]}) > 3, "left padding"
     assert all((text + "$")[:8] in "cdefghijklmnopqrstuvwxyz$" for text in said), said
-    assert {text for text, end in zip(said, ended) if end} == {"uvwxyz", "wxyz", "xyz", "yz"}, "EOS; the rest is cut"
+    assert {text for text, end in zip(said, ended) if end} == {"uvwxyz", "wxyz", "xyz", "yz"}, (
+        "EOS; the rest is cut"
+    )
     return seen, said, ended, json.loads((tmp_path / "out/metrics.jsonl").read_text())
 
 
@@ -86,31 +136,50 @@ def test_a_planted_reward_reaches_the_action_that_earned_it(planted, tmp_path, m
             earned = t == t0 if lam == 0 else t <= t0
             assert A == pytest.approx(3.0, abs=1e-5) if earned else A == 0.0, (text, t, advantages)
     tokens = sum(map(len, rollout["responses"]))
-    assert row["token_reward"] == pytest.approx(sum("x" in text for text in said) * 3 / tokens, abs=1e-6)
+    assert row["token_reward"] == pytest.approx(
+        sum("x" in text for text in said) * 3 / tokens, abs=1e-6
+    )
     assert row["eos_share"] == pytest.approx(sum(ended) / 24) and row["kl"] == 0
     assert row["response_length"] == tokens / 24
 
 
 def test_a_planted_reward_at_sequence_level_is_spread_over_the_row(planted, tmp_path, monkeypatch):
-    """level=sequence with a token reward model: R(tau) of Eq. 1 on every token of the row, nothing behind it"""
+    """level=sequence with a token reward model: R(tau) of Eq. 1 on every token of the row, nothing
+    behind it"""
     rollout, said, _, _ = step_of(planted, tmp_path, monkeypatch, level="sequence")
     for text, ids, advantages in zip(said, rollout["responses"], rollout["advantages"].tolist()):
         R = 3 / len(ids) if "x" in text else 0.0
-        assert advantages == pytest.approx([R] * len(ids) + [0.0] * (len(advantages) - len(ids)), abs=1e-6)
+        assert advantages == pytest.approx(
+            [R] * len(ids) + [0.0] * (len(advantages) - len(ids)), abs=1e-6
+        )
 
 
 def test_a_step_tells_what_it_has_seen(planted, tmp_path, monkeypatch, capsys):
-    """Three samples with their token rewards, one of them printed; alarms; b moves towards kl_target, by at most 2%"""
-    rollout, said, _, row = step_of(planted, tmp_path, monkeypatch, kl_coef=0.5, kl_target=6.0, reward_scale="fixed",
-                                    fixed_length=1000)
-    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    """Three samples with their token rewards, one of them printed; alarms; b moves towards
+    kl_target, by at most 2%"""
+    rollout, said, _, row = step_of(
+        planted,
+        tmp_path,
+        monkeypatch,
+        kl_coef=0.5,
+        kl_target=6.0,
+        reward_scale="fixed",
+        fixed_length=1000,
+    )
+    samples = [
+        json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()
+    ]
     assert [sample["output"] for sample in samples] == said[:3]
     for sample in samples:
         assert "".join(sample["tokens"]) in (sample["output"], sample["output"] + "</s>")
-        assert sample["token_rewards"] == pytest.approx([3.0 * (token == "x") for token in sample["tokens"]], abs=1e-5)
+        assert sample["token_rewards"] == pytest.approx(
+            [3.0 * (token == "x") for token in sample["tokens"]], abs=1e-5
+        )
     out = capsys.readouterr().out
     assert "R = +" in out and "ALARM" not in out
-    assert row["kl_coef"] == 0.5 and row["next_kl_coef"] == pytest.approx(0.5 * 0.98)  # KL 0 is far below 6
+    assert row["kl_coef"] == 0.5 and row["next_kl_coef"] == pytest.approx(
+        0.5 * 0.98
+    )  # KL 0 is far below 6
 
 
 def test_an_alarm_is_printed(planted, tmp_path, monkeypatch, capsys):
@@ -129,13 +198,16 @@ def test_the_mean_scale_gives_R_at_the_first_token(planted, tmp_path, monkeypatc
 
 
 def test_a_truncated_response_pays_at_its_last_token_only(planted, tmp_path, monkeypatch):
-    rollout, said, ended, row = step_of(planted, tmp_path, monkeypatch, lam=0.0, missing_eos_penalty=2.0)
+    rollout, said, ended, row = step_of(
+        planted, tmp_path, monkeypatch, lam=0.0, missing_eos_penalty=2.0
+    )
     for text, end, advantages in zip(said, ended, rollout["advantages"].tolist()):
         want = [3.0 * (t == text.find("x")) - 2.0 * (t == 7 and not end) for t in range(8)]
         assert advantages == pytest.approx(want, abs=1e-5), text
 
 
 # ---------------------------------------------------------------- the update in float64
+
 
 def exact_norm(self, x):
     """LlamaRMSNorm without its cast to float32"""
@@ -144,28 +216,63 @@ def exact_norm(self, x):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """-> cfg, models (two layers, float64), a rollout of six rows that lies on both sides of both clips"""
+    """-> cfg, models (two layers, float64), a rollout of six rows that lies on both sides of both
+    clips"""
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_labels=1,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False,
-                         token_classification_bias=False, classifier_dropout=0.0)
-    models = torch.nn.ModuleDict(dict(policy=LlamaForCausalLM(config), value=LlamaForTokenClassification(config)))
+    config = LlamaConfig(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_labels=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        token_classification_bias=False,
+        classifier_dropout=0.0,
+    )
+    models = torch.nn.ModuleDict(
+        dict(policy=LlamaForCausalLM(config), value=LlamaForTokenClassification(config))
+    )
     models = models.double()
-    cfg = ppo.Config(rollout_batch=6, batch=6, micro_batch=2, ppo_epochs=1, max_grad_norm=None, temperature=0.7,
-                     vf_coef=0.3, value_clip=0.1, data="d.jsonl", out="out")
+    cfg = ppo.Config(
+        rollout_batch=6,
+        batch=6,
+        micro_batch=2,
+        ppo_epochs=1,
+        max_grad_norm=None,
+        temperature=0.7,
+        vf_coef=0.3,
+        value_clip=0.1,
+        data="d.jsonl",
+        out="out",
+    )
     draw = torch.Generator().manual_seed(1)
     lengths = [(3, 4), (1, 1), (5, 2), (2, 6), (4, 3), (2, 5)]
-    prompts, responses = ([torch.randint(1, 23, (pair[k],), generator=draw).tolist() for pair in lengths]
-                          for k in (0, 1))
+    prompts, responses = (
+        [torch.randint(1, 23, (pair[k],), generator=draw).tolist() for pair in lengths]
+        for k in (0, 1)
+    )
     packed = common.pack(prompts, responses, CPU)
+
     def noise(scale):
         return scale * torch.randn(6, 6, generator=draw, dtype=torch.float64)
+
     with torch.no_grad():
         old_logprobs = common.token_logprobs(models["policy"], *packed, 0.7) + noise(0.25)
         old_values = common.token_heads(models["value"], *packed, before=True) + noise(0.15)
-    rollout = dict(prompts=prompts, responses=responses, lengths=[p + r for p, r in lengths], numbers=range(11, 17),
-                   old_logprobs=old_logprobs, old_values=old_values, advantages=noise(1.0), returns=noise(1.0))
+    rollout = dict(
+        prompts=prompts,
+        responses=responses,
+        lengths=[p + r for p, r in lengths],
+        numbers=range(11, 17),
+        old_logprobs=old_logprobs,
+        old_values=old_values,
+        advantages=noise(1.0),
+        returns=noise(1.0),
+    )
     return cfg, models, rollout
 
 
@@ -194,12 +301,20 @@ def slow_objective(cfg, models, rollout):
     ratios = []
     for row, (prompt, response) in enumerate(zip(rollout["prompts"], rollout["responses"])):
         ids = torch.tensor([prompt + response])
-        logits, heads = models["policy"](ids).logits[0] / cfg.temperature, models["value"](ids).logits[0, :, 0]
+        logits, heads = (
+            models["policy"](ids).logits[0] / cfg.temperature,
+            models["value"](ids).logits[0, :, 0],
+        )
         for t, token in enumerate(response):
             at = len(prompt) + t - 1  # the position that has read s_t and not yet a_t
-            logprob, v = logits[at, token].item() - torch.logsumexp(logits[at], 0).item(), heads[at].item()
-            old_logprob, old_v, A, target = (rollout[name][row, t].item() for name in (
-                "old_logprobs", "old_values", "advantages", "returns"))
+            logprob, v = (
+                logits[at, token].item() - torch.logsumexp(logits[at], 0).item(),
+                heads[at].item(),
+            )
+            old_logprob, old_v, A, target = (
+                rollout[name][row, t].item()
+                for name in ("old_logprobs", "old_values", "advantages", "returns")
+            )
             ratio = math.exp(logprob - old_logprob)
             policy -= min(ratio * A, min(max(ratio, 1 - cfg.clip), 1 + cfg.clip) * A)
             near = min(max(v, old_v - cfg.value_clip), old_v + cfg.value_clip)
@@ -208,28 +323,39 @@ def slow_objective(cfg, models, rollout):
             clipped += abs(ratio - 1) > cfg.clip
             value_clipped += abs(v - old_v) > cfg.value_clip
             tokens += 1
-    return dict(policy_loss=policy / tokens, value_loss=value / tokens, clip_fraction=clipped / tokens,
-                value_clipped=value_clipped / tokens, ratio=sum(ratios) / tokens,
-                approx_kl=sum(ratio - 1 - math.log(ratio) for ratio in ratios) / tokens,
-                first_ratio_error=max(abs(ratio - 1) for ratio in ratios))
+    return dict(
+        policy_loss=policy / tokens,
+        value_loss=value / tokens,
+        clip_fraction=clipped / tokens,
+        value_clipped=value_clipped / tokens,
+        ratio=sum(ratios) / tokens,
+        approx_kl=sum(ratio - 1 - math.log(ratio) for ratio in ratios) / tokens,
+        first_ratio_error=max(abs(ratio - 1) for ratio in ratios),
+    )
 
 
 @torch.no_grad()
 def test_the_gradient_is_that_of_the_objective(tiny):
-    """Central differences of the slow objective, at three entries of every parameter of both models"""
+    """Central differences of the slow objective, at three entries of every parameter of both
+    models"""
     cfg, models, rollout = tiny
     with torch.enable_grad():
         stats, grads = updated(cfg, models, rollout)
     slow = slow_objective(cfg, models, rollout)
-    assert 0.2 < slow["clip_fraction"] < 0.8 and 0.2 < slow["value_clipped"] < 0.8, "both sides of both clips"
+    assert 0.2 < slow["clip_fraction"] < 0.8 and 0.2 < slow["value_clipped"] < 0.8, (
+        "both sides of both clips"
+    )
     norm = math.sqrt(sum(g.square().sum().item() for g in grads))
     assert stats == pytest.approx(slow | dict(grad_norm=norm), abs=1e-6)
     assert [stats[name] for name in ("policy_loss", "value_loss")] == pytest.approx(
-        [slow[name] for name in ("policy_loss", "value_loss")], abs=1e-12)
+        [slow[name] for name in ("policy_loss", "value_loss")], abs=1e-12
+    )
     torch.manual_seed(2)
+
     def objective():
         losses = slow_objective(cfg, models, rollout)
         return losses["policy_loss"] + cfg.vf_coef * losses["value_loss"]
+
     for (name, parameter), grad in zip(models.named_parameters(), grads):
         entries = [grad.abs().argmax().item(), *torch.randint(grad.numel(), (2,)).tolist()]
         for i in entries:
@@ -250,45 +376,79 @@ def wider(prompts, responses, device):
 def test_padding_micro_batches_and_order_change_nothing(tiny, monkeypatch):
     cfg, models, rollout = tiny
     stats, grads = updated(cfg, models, rollout)
+
     def reversed_deal(rows, lengths, micro_batch):
         return [part[::-1] for part in common.my_micro_batches(rows, lengths, micro_batch)]
+
     def unsorted_deal(rows, lengths, micro_batch):
-        return [list(rows)[i:i + micro_batch] for i in range(0, len(rows), micro_batch)]
+        return [list(rows)[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+
     for fields, name, other in (
-            (dict(micro_batch=1), None, None), (dict(micro_batch=6), None, None), ({}, "pack", wider),
-            ({}, "my_micro_batches", reversed_deal), (dict(micro_batch=4), "my_micro_batches", unsorted_deal)):
+        (dict(micro_batch=1), None, None),
+        (dict(micro_batch=6), None, None),
+        ({}, "pack", wider),
+        ({}, "my_micro_batches", reversed_deal),
+        (dict(micro_batch=4), "my_micro_batches", unsorted_deal),
+    ):
         with monkeypatch.context() as patch:
             if name:
                 patch.setattr(ppo, name, other)
             stats_2, grads_2 = updated(ppo.Config(**(vars(cfg) | fields)), models, rollout)
         assert stats_2 == pytest.approx(stats, rel=1e-12, abs=1e-12), (fields, name)
-        assert max((a - b).abs().max().item() for a, b in zip(grads, grads_2)) < 1e-13, (fields, name)
+        assert max((a - b).abs().max().item() for a, b in zip(grads, grads_2)) < 1e-13, (
+            fields,
+            name,
+        )
 
 
 def test_without_a_value_clip_no_value_is_clipped(tiny):
     cfg, models, rollout = tiny
     stats, _ = updated(ppo.Config(**(vars(cfg) | dict(value_clip=None))), models, rollout)
-    assert stats["value_clipped"] == 0 and stats["value_loss"] < updated(cfg, models, rollout)[0]["value_loss"]
+    assert (
+        stats["value_clipped"] == 0
+        and stats["value_loss"] < updated(cfg, models, rollout)[0]["value_loss"]
+    )
 
 
 def test_padding_and_micro_batches_change_no_rollout_and_no_score(tiny, monkeypatch):
     cfg, models, _ = tiny
-    cfg = ppo.Config(**(vars(cfg) | dict(rollout_batch=9, rollout_micro_batch=4, response_len=12, temperature=1.0)))
+    cfg = ppo.Config(
+        **(
+            vars(cfg)
+            | dict(rollout_batch=9, rollout_micro_batch=4, response_len=12, temperature=1.0)
+        )
+    )
     prompts = [[5, 6, 7], [4], [9] * 6, [1, 2], [3, 3, 3, 3], [8], [2, 9], [7] * 5, [6]]
+
     def rolled():
-        responses = ppo.roll_out(models["policy"], SimpleNamespace(eos_token_id=3), prompts, cfg, 0, CPU)
-        parts = common.my_micro_batches(range(9), [len(p) + len(r) for p, r in zip(prompts, responses)], cfg.score_micro_batch)
+        responses = ppo.roll_out(
+            models["policy"], SimpleNamespace(eos_token_id=3), prompts, cfg, 0, CPU
+        )
+        parts = common.my_micro_batches(
+            range(9), [len(p) + len(r) for p, r in zip(prompts, responses)], cfg.score_micro_batch
+        )
         return responses, ppo.score(
-            lambda *packed: common.token_heads(models["value"], *packed).float(), parts, prompts, responses, CPU)
+            lambda *packed: common.token_heads(models["value"], *packed).float(),
+            parts,
+            prompts,
+            responses,
+            CPU,
+        )
+
     responses, r = rolled()
     assert len({len(ids) for ids in responses}) > 2
     cfg = ppo.Config(**(vars(cfg) | dict(score_micro_batch=2)))
     monkeypatch.setattr(ppo, "pack", wider)
     responses_2, r_2 = rolled()
     assert responses == responses_2 and torch.allclose(r, r_2, atol=1e-6)
-    for row, (prompt, ids) in enumerate(zip(prompts, responses)):  # and it is what the model says of the row alone
-        alone = models["value"](torch.tensor([prompt + ids])).logits[0, len(prompt):, 0]
-        assert torch.allclose(r[row, :len(ids)].double(), alone, atol=1e-6) and (r[row, len(ids):] == 0).all()
+    for row, (prompt, ids) in enumerate(
+        zip(prompts, responses)
+    ):  # and it is what the model says of the row alone
+        alone = models["value"](torch.tensor([prompt + ids])).logits[0, len(prompt) :, 0]
+        assert (
+            torch.allclose(r[row, : len(ids)].double(), alone, atol=1e-6)
+            and (r[row, len(ids) :] == 0).all()
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tiny, monkeypatch, capsys):
@@ -299,50 +459,82 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tiny, monkeypatch,
         ppo.update(models, optimizer, rollout, cfg, 5, 1.0, CPU)
     line = capsys.readouterr().err
     assert end.value.code == 2 and optimizer.grads is None, "nothing may be updated"
-    assert "step 5: the loss is not finite in row(s) 14 of d.jsonl" in line and line.count("\n") == 1
+    assert (
+        "step 5: the loss is not finite in row(s) 14 of d.jsonl" in line and line.count("\n") == 1
+    )
 
 
 # ---------------------------------------------------------------- what one sees
 
+
 def history(n, **last):
-    row = dict(reward=1.0, kl=1.0, approx_kl=0.01, eos_share=0.9, return_sd=1.0, first_ratio_error=0.0, response_length=40.0)
+    row = dict(
+        reward=1.0,
+        kl=1.0,
+        approx_kl=0.01,
+        eos_share=0.9,
+        return_sd=1.0,
+        first_ratio_error=0.0,
+        response_length=40.0,
+    )
     rows = [row | dict(step=k, reward=1.0 + 0.1 * k) for k in range(n)]
     rows[-1] |= last
     return rows
 
 
-@pytest.mark.parametrize("last, words", [
-    (dict(kl=80.0), "KL exploding: 80.0 nats"), (dict(approx_kl=0.9), "KL exploding"),
-    (dict(eos_share=0.0), "all 512 responses truncated"), (dict(return_sd=0.0), "reward flat"),
-    (dict(first_ratio_error=0.01), "ratio != 1 at the first minibatch")])
+@pytest.mark.parametrize(
+    "last, words",
+    [
+        (dict(kl=80.0), "KL exploding: 80.0 nats"),
+        (dict(approx_kl=0.9), "KL exploding"),
+        (dict(eos_share=0.0), "all 512 responses truncated"),
+        (dict(return_sd=0.0), "reward flat"),
+        (dict(first_ratio_error=0.01), "ratio != 1 at the first minibatch"),
+    ],
+)
 def test_alarms_are_words(last, words):
     assert watch.alarms(ppo.Config(), history(7), torch.float32) == []
-    said, = watch.alarms(ppo.Config(), history(7, **last), torch.float32)
+    (said,) = watch.alarms(ppo.Config(), history(7, **last), torch.float32)
     assert words in said
 
 
 def test_a_flat_reward_is_told_every_twenty_steps():
     flat = [row | dict(reward=1.0 + 0.05 * (k % 3)) for k, row in enumerate(history(60))]
     told = [k for k in range(1, 61) if watch.alarms(ppo.Config(), flat[:k], torch.float32)]
-    assert told == [20, 40, 60] and not any(watch.alarms(ppo.Config(), history(k), torch.float32) for k in range(1, 61))
+    assert told == [20, 40, 60] and not any(
+        watch.alarms(ppo.Config(), history(k), torch.float32) for k in range(1, 61)
+    )
 
 
 def test_growing_responses_are_told_every_ten_steps():
-    longer = [row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))]  # 60 is half as much again: step 20
-    assert [k for k in range(1, 51) if watch.alarms(ppo.Config(), longer[:k], torch.float32)] == [30, 40, 50]
-    said, = watch.alarms(ppo.Config(), longer[:30], torch.float32)
+    longer = [
+        row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))
+    ]  # 60 is half as much again: step 20
+    assert [k for k in range(1, 51) if watch.alarms(ppo.Config(), longer[:k], torch.float32)] == [
+        30,
+        40,
+        50,
+    ]
+    (said,) = watch.alarms(ppo.Config(), longer[:30], torch.float32)
     assert "responses grow: 69 tokens, 40 at first" in said
     assert watch.alarms(ppo.Config(), longer[:20], torch.float32) == []
 
 
 def test_length_pressure_is_told_from_the_first_rollout():
-    r, mask = torch.tensor([[1.0, 3.0, 0.0], [2.0, 2.0, 4.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    r, mask = (
+        torch.tensor([[1.0, 3.0, 0.0], [2.0, 2.0, 4.0]]),
+        torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
+    )
     ended = torch.tensor([True, False])  # mean 2.4, sd 1.02, 3 at the only EOS
     said = watch.length_pressure(ppo.Config(), r, mask, ended)
     assert said.startswith("each extra token pays +2.4 (mean r_t over all tokens; +3 at EOS")
     assert said.endswith("length pressure, see anchor and reward_scale")
-    assert watch.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended) is None          # mean 0.4 < sd / 2
-    assert watch.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended).startswith("each extra token pays -2.6")
+    assert (
+        watch.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended) is None
+    )  # mean 0.4 < sd / 2
+    assert watch.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended).startswith(
+        "each extra token pays -2.6"
+    )
     assert watch.length_pressure(ppo.Config(reward_scale="mean"), r, mask, ended) is None
     assert watch.length_pressure(ppo.Config(level="sequence"), r, mask, ended) is None
 
@@ -351,26 +543,48 @@ def test_explained_variance_whole_and_by_fifth():
     torch.manual_seed(0)
     mask = torch.arange(10) < torch.tensor([[10], [5], [7]])
     returns, values = torch.randn(3, 10), torch.randn(3, 10)
-    values[:, 8:] = returns[:, 8:]   # V knows the last fifth of the row of ten
+    values[:, 8:] = returns[:, 8:]  # V knows the last fifth of the row of ten
     said = watch.explained_variance(values, returns, mask)
+
     def slow(keep):
-        pairs = [(values[i, t].item(), returns[i, t].item())
-                 for i, T in enumerate((10, 5, 7)) for t in range(T) if keep(t, T)]
+        pairs = [
+            (values[i, t].item(), returns[i, t].item())
+            for i, T in enumerate((10, 5, 7))
+            for t in range(T)
+            if keep(t, T)
+        ]
+
         def variance(x):
             return sum((y - sum(x) / len(x)) ** 2 for y in x) / len(x)
+
         return 1 - variance([g - v for v, g in pairs]) / variance([g for _, g in pairs])
+
     assert said["explained_variance"] == pytest.approx(slow(lambda t, T: True), abs=1e-5)
     for k in range(5):
-        assert said[f"explained_variance_{k + 1}"] == pytest.approx(slow(lambda t, T: k <= 5 * t / T < k + 1), abs=1e-5)
+        assert said[f"explained_variance_{k + 1}"] == pytest.approx(
+            slow(lambda t, T: k <= 5 * t / T < k + 1), abs=1e-5
+        )
     assert set(watch.explained_variance(values * 0, returns * 0, mask).values()) == {0.0}
 
 
 def test_a_disk_too_small_is_told_before_the_first_step(tiny, tmp_path, monkeypatch, capsys):
     _, models, _ = tiny
-    n, policy = sum(p.numel() for p in models.parameters()), sum(p.numel() for p in models["policy"].parameters())
-    need = 2 * 12 * n + 4 * policy * 4  # two checkpoints; step_20, step_40, step_60 and the model itself
-    for free, there in ((need, False), (need - 1, False), (need - 12 * n, True), (need - 12 * n - 1, True)):
-        (tmp_path / "checkpoint_3").mkdir() if there and not (tmp_path / "checkpoint_3").exists() else None
+    n, policy = (
+        sum(p.numel() for p in models.parameters()),
+        sum(p.numel() for p in models["policy"].parameters()),
+    )
+    need = (
+        2 * 12 * n + 4 * policy * 4
+    )  # two checkpoints; step_20, step_40, step_60 and the model itself
+    for free, there in (
+        (need, False),
+        (need - 1, False),
+        (need - 12 * n, True),
+        (need - 12 * n - 1, True),
+    ):
+        (tmp_path / "checkpoint_3").mkdir() if there and not (
+            tmp_path / "checkpoint_3"
+        ).exists() else None
         monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         if free in (need, need - 12 * n):
             watch.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
@@ -385,17 +599,27 @@ def test_a_run_that_would_fill_the_disk_does_not_start(planted, tmp_path, monkey
     with pytest.raises(SystemExit) as end:
         step_of(planted, tmp_path, monkeypatch)
     line = capsys.readouterr().err
-    assert end.value.code == 2 and "has 1e-05 GB free, this run needs " in line and line.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and "has 1e-05 GB free, this run needs " in line
+        and line.count("\n") == 1
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "run.lock"}
 
 
 def test_wandb_mirrors_the_rows_or_says_that_it_cannot(monkeypatch, capsys, tmp_path):
     sent = []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **fields: sent.append(fields) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **fields: sent.append(fields) or run)
+    )
     cfg = ppo.Config(out=str(tmp_path), wandb_project="mine")
     watch.mirror(cfg)(dict(step=4, reward=1.0))
-    assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow" and sent[1] == (4, dict(step=4, reward=1.0))
+    assert (
+        sent[0]["project"] == "mine"
+        and sent[0]["resume"] == "allow"
+        and sent[1] == (4, dict(step=4, reward=1.0))
+    )
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     watch.mirror(cfg)(dict(step=5))
     assert len(sent) == 2 and "wandb is not installed" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """ppo.py through the night: killed, told to stop, given a NaN, on two machines, with a rank that fails.
 pytest tests/test_ppo_night.py"""
+
 import os, signal, socket, subprocess, sys, time
 
 import pytest, torch
@@ -50,8 +51,14 @@ common.optimizer_step = failing
 
 @pytest.fixture(scope="module")
 def words(world):
-    return ["ppo.py", f"--policy={world}/sft", f"--reward_model={world}/rm", f"--data={world}/data/prompts.jsonl",
-            *PPO, *STEPS]
+    return [
+        "ppo.py",
+        f"--policy={world}/sft",
+        f"--reward_model={world}/rm",
+        f"--data={world}/data/prompts.jsonl",
+        *PPO,
+        *STEPS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +79,54 @@ def two_nodes(per_node, *words, python=sys.executable):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [python, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_node}",
-              "--master_addr=127.0.0.1", f"--master_port={port}"]
-    return [subprocess.Popen([*launch, f"--node_rank={node}", *map(str, words)], cwd=ROOT, text=True,
-                             env=os.environ | {"PYTHON_EXEC": python}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            for node in range(2)]
+    launch = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        f"--nproc_per_node={per_node}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    ]
+    return [
+        subprocess.Popen(
+            [*launch, f"--node_rank={node}", *map(str, words)],
+            cwd=ROOT,
+            text=True,
+            env=os.environ | {"PYTHON_EXEC": python},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for node in range(2)
+    ]
 
 
 def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, tmp_path):
-    """kill -9 three times, a NaN at step 2, SIGTERM; then the same command ends in the same weights to the last bit"""
+    """kill -9 three times, a NaN at step 2, SIGTERM; then the same command ends in the same weights
+    to the last bit"""
     out = tmp_path / "out"
+
     def kill_at(rows):
-        kill_when(start(*words, f"--out={out}", "--resume_every=2"), lambda: lines(out / "metrics.jsonl") >= rows)
-        assert not (out / "config.json").exists(), "a model stands under its final name before it is whole"
+        kill_when(
+            start(*words, f"--out={out}", "--resume_every=2"),
+            lambda: lines(out / "metrics.jsonl") >= rows,
+        )
+        assert not (out / "config.json").exists(), (
+            "a model stands under its final name before it is whole"
+        )
+
     kill_at(1)
-    done = run(broken(tmp_path / "nan.py", NAN_AT_STEP_2), ROOT / words[0], *words[1:], f"--out={out}",
-               "--resume_every=1", ok=False)
-    assert done.returncode == 2 and "step 2: rewards are not finite in row(s) " in done.stderr, done.stderr
+    done = run(
+        broken(tmp_path / "nan.py", NAN_AT_STEP_2),
+        ROOT / words[0],
+        *words[1:],
+        f"--out={out}",
+        "--resume_every=1",
+        ok=False,
+    )
+    assert done.returncode == 2 and "step 2: rewards are not finite in row(s) " in done.stderr, (
+        done.stderr
+    )
     assert [folder.name for folder in out.glob("checkpoint_*")] == ["checkpoint_2"]
     assert lines(out / "metrics.jsonl") == 2
     process = start(*words, f"--out={out}", "--resume_every=100", "--save_every=1")
@@ -96,7 +134,9 @@ def test_killed_stopped_and_spoilt_it_ends_as_the_undisturbed_run(words, whole, 
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert (out / f"checkpoint_{lines(out / 'metrics.jsonl')}").exists() and lines(out / "metrics.jsonl") < 5
+    assert (out / f"checkpoint_{lines(out / 'metrics.jsonl')}").exists() and lines(
+        out / "metrics.jsonl"
+    ) < 5
     kill_at(5)
     kill_at(6)
     run(*words, f"--out={out}")
@@ -112,29 +152,50 @@ def test_micro_batches_change_nothing(words, whole, tmp_path):
     same_metrics(whole, tmp_path / "out", 5e-4)
     rows = rows_of(whole / "metrics.jsonl")
     for row, following in zip(rows, rows[1:]):  # adaptive KL
-        assert row["next_kl_coef"] == following["kl_coef"] == pytest.approx(
-            row["kl_coef"] * (1 + 0.1 * max(-0.2, min(0.2, row["kl"] / 0.1 - 1))), rel=1e-9)
+        assert (
+            row["next_kl_coef"]
+            == following["kl_coef"]
+            == pytest.approx(
+                row["kl_coef"] * (1 + 0.1 * max(-0.2, min(0.2, row["kl"] / 0.1 - 1))), rel=1e-9
+            )
+        )
 
 
 def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
     """HSDP: sharded inside a machine, replicated across. One rank gets SIGTERM between scoring and update; the
     checkpoint that all write then goes on with one rank"""
     out = tmp_path / "out"
-    nodes = two_nodes(2, broken(tmp_path / "told.py", TOLD_AFTER_SCORING_STEP_2), ROOT / words[0], *words[1:],
-                      f"--out={out}", python=python())
+    nodes = two_nodes(
+        2,
+        broken(tmp_path / "told.py", TOLD_AFTER_SCORING_STEP_2),
+        ROOT / words[0],
+        *words[1:],
+        f"--out={out}",
+        python=python(),
+    )
     said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [1, 1] and "SIGTERM: stopped after 2 steps" in said[0], said
+    assert [node.returncode for node in nodes] == [
+        1,
+        1,
+    ] and "SIGTERM: stopped after 2 steps" in said[0], said
     run(*words, f"--out={out}", "--steps=4")
     (tmp_path / "first").mkdir()
-    (tmp_path / "first/metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4]))
+    (tmp_path / "first/metrics.jsonl").write_text(
+        "".join((whole / "metrics.jsonl").read_text().splitlines(True)[:4])
+    )
     same_metrics(tmp_path / "first", out, 1e-3)
 
 
 def test_a_rank_that_fails_ends_the_job_with_its_own_error(words, tmp_path):
     """Also on the other machine, within a minute"""
     failed = tmp_path / "failed"
-    nodes = two_nodes(1, broken(tmp_path / "fail.py", RANK_1_FAILS.format(path=str(failed))), ROOT / words[0],
-                      *words[1:], f"--out={tmp_path}/out")
+    nodes = two_nodes(
+        1,
+        broken(tmp_path / "fail.py", RANK_1_FAILS.format(path=str(failed))),
+        ROOT / words[0],
+        *words[1:],
+        f"--out={tmp_path}/out",
+    )
     while not failed.exists() and all(node.poll() is None for node in nodes):
         time.sleep(0.1)
     said = [node.communicate(timeout=60)[0] for node in nodes]

@@ -1,7 +1,8 @@
 """reward_model.py's forward and pictures, the data of people's edits, and what their figures are held against.
 
-    pytest tests/test_reward_model.py
+pytest tests/test_reward_model.py
 """
+
 import json, random, re
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -22,22 +23,38 @@ from test_diff import Text
 
 # ---------------------------------------------------------------- one prompt, several answers
 
+
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    return LlamaForTokenClassification(LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        num_labels=1, token_classification_bias=False, classifier_dropout=0.0)).double()
+    return LlamaForTokenClassification(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_labels=1,
+            token_classification_bias=False,
+            classifier_dropout=0.0,
+        )
+    ).double()
 
 
 def drawn_pairs(seed, prompts):
     """Pairs whose prompts are drawn[p] for p in prompts, ids and lengths drawn"""
     draw = random.Random(seed)
+
     def ids(n):
         return [draw.randrange(50) for _ in range(n)]
+
     drawn = {p: ids(draw.randint(1, 12)) for p in sorted(set(prompts))}
     answers = [(ids(draw.randint(1, 9)), ids(draw.randint(1, 9))) for _ in prompts]
-    return [(drawn[p], w, l, [draw.randrange(2) for _ in w], [draw.randrange(2) for _ in l]) for p, (w, l) in zip(prompts, answers)]
+    return [
+        (drawn[p], w, l, [draw.randrange(2) for _ in w], [draw.randrange(2) for _ in l])
+        for p, (w, l) in zip(prompts, answers)
+    ]
 
 
 @pytest.mark.parametrize("prompts", [(0,), (0, 1, 2), (0, 1, 0, 2, 0)])
@@ -45,14 +62,21 @@ def test_answers_behind_one_prompt_get_the_rewards_they_get_alone(tiny, prompts)
     pairs = drawn_pairs(len(prompts), prompts)
     scored = reward_model.score_pairs(tiny, pairs, "cpu")
     for side in (0, 1):  # w, l
-        r, response, changed = scored[3 * side:3 * side + 3]
+        r, response, changed = scored[3 * side : 3 * side + 3]
         for i, pair in enumerate(pairs):
             answer = pair[1 + side]
             ids = torch.tensor([pair[0] + answer])
-            alone = tiny(ids, attention_mask=torch.ones_like(ids)).logits[0, len(pair[0]):, 0]      # no padding, no neighbour
-            assert torch.allclose(r[i, :len(answer)], alone, atol=1e-12) and alone.abs().max() > 1e-3
-            assert response[i].sum() == len(answer) and (r[i, len(answer):] == 0).all()
-            assert changed[i, :len(answer)].tolist() == pair[3 + side] and changed[i, len(answer):].sum() == 0
+            alone = tiny(ids, attention_mask=torch.ones_like(ids)).logits[
+                0, len(pair[0]) :, 0
+            ]  # no padding, no neighbour
+            assert (
+                torch.allclose(r[i, : len(answer)], alone, atol=1e-12) and alone.abs().max() > 1e-3
+            )
+            assert response[i].sum() == len(answer) and (r[i, len(answer) :] == 0).all()
+            assert (
+                changed[i, : len(answer)].tolist() == pair[3 + side]
+                and changed[i, len(answer) :].sum() == 0
+            )
 
 
 def test_the_gradient_is_that_of_answers_alone(tiny):
@@ -61,14 +85,21 @@ def test_the_gradient_is_that_of_answers_alone(tiny):
     def gradient(parts):
         tiny.zero_grad()
         for part in parts:
-            reward_model.pair_losses(*reward_model.score_pairs(tiny, part, "cpu"), loss="eq3", anchor=0.1).sum().backward()
+            reward_model.pair_losses(
+                *reward_model.score_pairs(tiny, part, "cpu"), loss="eq3", anchor=0.1
+            ).sum().backward()
         return torch.cat([p.grad.flatten() for p in tiny.parameters() if p.grad is not None])
-    assert torch.allclose(gradient([pairs]), gradient([[pair] for pair in pairs]), atol=1e-7)  # Llama's norms round to float32
+
+    assert torch.allclose(
+        gradient([pairs]), gradient([[pair] for pair in pairs]), atol=1e-7
+    )  # Llama's norms round to float32
 
 
 def test_a_prompt_is_computed_once(tiny):
     fed = []
-    hook = tiny.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True)
+    hook = tiny.register_forward_pre_hook(
+        lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True
+    )
     pairs = [([1] * 30, [2] * 5, [3] * 5, [0] * 5, [0] * 5)] * 4
     reward_model.score_pairs(tiny, pairs, "cpu")
     hook.remove()
@@ -78,9 +109,14 @@ def test_a_prompt_is_computed_once(tiny):
 def test_pair_files_are_packed_without_much_padding(tiny):
     """Micro-batches of similar length: of what is computed, at most a seventh is padding"""
     draw, fed = random.Random(0), []
-    pairs = [([k + 1] * draw.randint(10, 100), *([2] * draw.randint(5, 80) for _ in range(2))) for k in range(49)]
+    pairs = [
+        ([k + 1] * draw.randint(10, 100), *([2] * draw.randint(5, 80) for _ in range(2)))
+        for k in range(49)
+    ]
     pairs = [(p, w, l, [1] * len(w), [1] * len(l)) for p, w, l in pairs]
-    hook = tiny.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True)
+    hook = tiny.register_forward_pre_hook(
+        lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True
+    )
     costs = [reward_model.pair_cost(pair) for pair in pairs]
     with torch.no_grad():
         for part in common.my_micro_batches(range(len(pairs)), costs, 4):
@@ -91,8 +127,16 @@ def test_pair_files_are_packed_without_much_padding(tiny):
 
 # ---------------------------------------------------------------- show
 
-ROWS = [dict(id="<1>", instruction="List <b>four</b> fruits.", input="", original="apple\nbear<script>", edited="apple\npear"),
-        dict(id="2", instruction="x", input="long " * 100, original="tea\x1b[2J", edited="milk")]
+ROWS = [
+    dict(
+        id="<1>",
+        instruction="List <b>four</b> fruits.",
+        input="",
+        original="apple\nbear<script>",
+        edited="apple\npear",
+    ),
+    dict(id="2", instruction="x", input="long " * 100, original="tea\x1b[2J", edited="milk"),
+]
 
 
 def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsys):
@@ -100,25 +144,45 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
     flags = [f"--model={world}/rm", f"{tmp_path}/edits.jsonl"]
     show_rewards.main(flags)
     shown = capsys.readouterr().out
-    assert shown.count("R = ") == 4 and "\x1b" not in shown and "bear" in re.sub(r"\([+-]\d+\.\d\)", "", shown)
+    assert (
+        shown.count("R = ") == 4
+        and "\x1b" not in shown
+        and "bear" in re.sub(r"\([+-]\d+\.\d\)", "", shown)
+    )
     page = tmp_path / "page.html"
     show_rewards.main([*flags, f"--html={page}"])
     text = Text(page.read_text(encoding="utf-8"))
-    tokens = "".join(data for tag, data in text.spans if tag == "span" and data not in ("bad", "good"))
-    assert "script" not in text.tags and "apple↵\nbear<script></s>" in tokens and "apple↵\npear</s>" in tokens and "tea␛[2J" in tokens
+    tokens = "".join(
+        data for tag, data in text.spans if tag == "span" and data not in ("bad", "good")
+    )
+    assert (
+        "script" not in text.tags
+        and "apple↵\nbear<script></s>" in tokens
+        and "apple↵\npear</s>" in tokens
+        and "tea␛[2J" in tokens
+    )
     assert any(tag == "b" and data == "List <b>four</b> fruits." for tag, data in text.spans)
     assert page.read_text().count('class="changed"') >= 2 and "://" not in page.read_text()
 
 
 def test_show_pairs_answers_by_their_question(world, tmp_path, capsys):
     questions = [dict(instruction=f"List {n} fruits.", input="") for n in ("two", "three")]
-    files.write_jsonl(tmp_path / "a.jsonl", [row | {"output": f"apple {i}", "cut": None} for i, row in enumerate(questions)])
-    files.write_jsonl(tmp_path / "b.jsonl", [row | {"output": f"pear {i}"} for i, row in enumerate(questions)][::-1])
+    files.write_jsonl(
+        tmp_path / "a.jsonl",
+        [row | {"output": f"apple {i}", "cut": None} for i, row in enumerate(questions)],
+    )
+    files.write_jsonl(
+        tmp_path / "b.jsonl",
+        [row | {"output": f"pear {i}"} for i, row in enumerate(questions)][::-1],
+    )
     show_rewards.main([f"--model={world}/rm", f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
     shown = re.sub(r"\([+-]\d+\.\d\)", "", capsys.readouterr().out)
     first, second = shown.split("List three")
     assert "apple 0" in first and "pear 0" in first and "apple 1" in second and "pear 1" in second
-    for flag, words in ((f"{world}/data/pref.jsonl", "holds no answers to show"), ("--n=0", "--n must be at least 1")):
+    for flag, words in (
+        (f"{world}/data/pref.jsonl", "holds no answers to show"),
+        ("--n=0", "--n must be at least 1"),
+    ):
         with pytest.raises(SystemExit):
             show_rewards.main([f"--model={world}/rm", f"{tmp_path}/a.jsonl", flag])
         assert words in capsys.readouterr().err
@@ -142,13 +206,31 @@ def prepared(module, **options):
 def test_paradetox(tmp_path, capsys):
     (tmp_path / "paradetox.tsv").write_text(TSV)
     prepared(paradetox, source=str(tmp_path / "paradetox.tsv"), out=str(tmp_path / "out"), test=1)
-    train, test = rows_of(tmp_path / "out/edits_train.jsonl"), rows_of(tmp_path / "out/edits_test.jsonl")
+    train, test = (
+        rows_of(tmp_path / "out/edits_train.jsonl"),
+        rows_of(tmp_path / "out/edits_test.jsonl"),
+    )
     assert "1 of 4 lines left out" in capsys.readouterr().out
-    assert len(test) == 1 and not {row["original"] for row in train} & {row["original"] for row in test}
+    assert len(test) == 1 and not {row["original"] for row in train} & {
+        row["original"] for row in test
+    }
     every = {(row["original"], row["edited"]) for row in train + test}
-    assert every <= {("you damn fool , go .", "You should go."), ("you damn fool , go .", "you , go ."), ('what "" crap', 'What ""'),
-                     ("shit , no", "no"), ("shit , no", "No"), ("shit , no", "Oh no")} and len(every) >= 4
-    assert all(row["editor"] == "human" and row["instruction"] for row in train + test) and test[0]["id"] == "paradetox-1-0"
+    assert (
+        every
+        <= {
+            ("you damn fool , go .", "You should go."),
+            ("you damn fool , go .", "you , go ."),
+            ('what "" crap', 'What ""'),
+            ("shit , no", "no"),
+            ("shit , no", "No"),
+            ("shit , no", "Oh no"),
+        }
+        and len(every) >= 4
+    )
+    assert (
+        all(row["editor"] == "human" and row["instruction"] for row in train + test)
+        and test[0]["id"] == "paradetox-1-0"
+    )
     assert files.read_jsonl(tmp_path / "out/edits_train.jsonl", __import__("diff").EDIT_FIELDS)
 
 
@@ -161,6 +243,7 @@ def test_prepare_reads_an_address_and_refuses_what_is_no_such_file(tmp_path, cap
 
         def log_message(self, *_):
             pass
+
     server = HTTPServer(("127.0.0.1", 0), Answer)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -168,80 +251,152 @@ def test_prepare_reads_an_address_and_refuses_what_is_no_such_file(tmp_path, cap
     assert len(rows_of(tmp_path / "out/edits_test.jsonl")) == 1
     (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
     (tmp_path / "other.json").write_text('[{"question": "q"}]')
-    for module, source, message in ((paradetox, f"{address}/none", "404"), (paradetox, str(tmp_path / "none.tsv"), "FileNotFoundError"),
-                                    (paradetox, str(tmp_path / "other.tsv"), "toxic, neutral1"),
-                                    (qa_feedback, str(tmp_path / "other.json"), "no dev_feedback.json (KeyError: 'feedback')"),
-                                    (qa_feedback, str(tmp_path / "other.tsv"), "no dev_feedback.json")):
+    for module, source, message in (
+        (paradetox, f"{address}/none", "404"),
+        (paradetox, str(tmp_path / "none.tsv"), "FileNotFoundError"),
+        (paradetox, str(tmp_path / "other.tsv"), "toxic, neutral1"),
+        (qa_feedback, str(tmp_path / "other.json"), "no dev_feedback.json (KeyError: 'feedback')"),
+        (qa_feedback, str(tmp_path / "other.tsv"), "no dev_feedback.json"),
+    ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             prepared(module, source=source, out=str(tmp_path / "none"))
         said = capsys.readouterr().err
-        assert end.value.code == 2 and message in said and len(said.strip().splitlines()) == 1 and "--source=" in said
+        assert (
+            end.value.code == 2
+            and message in said
+            and len(said.strip().splitlines()) == 1
+            and "--source=" in said
+        )
     server.shutdown()
     assert not (tmp_path / "none").exists()
 
 
 def test_qa_feedback(tmp_path):
     def question(k):
-        return {"question": f"q{k}", "passages": [["Title", "Title\n\nOne two.", "Three."], ["Other", "four five six"]],
-                **{f"prediction {i}": f"answer {i} of {k}" for i in (1, 2, 3, 4)}, "preference": [0, 1, 2, 0, 0, 1],
-                "feedback": {"errors": [{"error type": "Irrelevant", "explanation": "", "start": 0, "end": 6}], "missing-info": [],
-                             "corrected-prediction": f"better {k} "}}
+        return {
+            "question": f"q{k}",
+            "passages": [["Title", "Title\n\nOne two.", "Three."], ["Other", "four five six"]],
+            **{f"prediction {i}": f"answer {i} of {k}" for i in (1, 2, 3, 4)},
+            "preference": [0, 1, 2, 0, 0, 1],
+            "feedback": {
+                "errors": [{"error type": "Irrelevant", "explanation": "", "start": 0, "end": 6}],
+                "missing-info": [],
+                "corrected-prediction": f"better {k} ",
+            },
+        }
+
     (tmp_path / "dev.json").write_text(json.dumps([question(k) for k in range(4)]))
     prepared(qa_feedback, source=str(tmp_path / "dev.json"), out=str(tmp_path / "out"), words=5)
-    halves = [[rows_of(tmp_path / f"out/{kind}_{half}.jsonl") for kind in ("edits", "pref")] for half in ("train", "test")]
+    halves = [
+        [rows_of(tmp_path / f"out/{kind}_{half}.jsonl") for kind in ("edits", "pref")]
+        for half in ("train", "test")
+    ]
     assert [[len(rows) for rows in half] for half in halves] == [[2, 6], [2, 6]]
     questions = [{row["instruction"] for rows in half for row in rows} for half in halves]
-    assert questions[0] | questions[1] == {"q0", "q1", "q2", "q3"} and not questions[0] & questions[1]
+    assert (
+        questions[0] | questions[1] == {"q0", "q1", "q2", "q3"} and not questions[0] & questions[1]
+    )
     row = next(row for half in halves for row in half[0] if row["id"] == "qa-2")
-    assert (row["input"], row["original"], row["edited"]) == ("One two. Three. four five", "answer 1 of 2", "better 2")
+    assert (row["input"], row["original"], row["edited"]) == (
+        "One two. Three. four five",
+        "answer 1 of 2",
+        "better 2",
+    )
     assert row["error_spans"] == [[0, 6, "Irrelevant"]]
-    assert [(r["output_1"][7], r["output_2"][7], r["preference"]) for half in halves for r in half[1] if r["instruction"] == "q2"] == \
-        [("1", "3", 1), ("1", "4", 2), ("3", "4", 1)]
+    assert [
+        (r["output_1"][7], r["output_2"][7], r["preference"])
+        for half in halves
+        for r in half[1]
+        if r["instruction"] == "q2"
+    ] == [("1", "3", 1), ("1", "4", 2), ("3", "4", 1)]
 
 
 # ---------------------------------------------------------------- what the figures are held against
 
+
 def test_surface_reads_spacing_and_capitals_only():
     surface, won = baselines.surface, baselines.won
-    assert won(surface("Go away."), surface("go away .")) == 100 and won(surface("go ."), surface("Go.")) == 0
-    assert won(surface("Go."), surface("go.")) == 100 and won(surface("kind"), surface("rude")) == 50
+    assert (
+        won(surface("Go away."), surface("go away .")) == 100
+        and won(surface("go ."), surface("Go.")) == 0
+    )
+    assert (
+        won(surface("Go."), surface("go.")) == 100 and won(surface("kind"), surface("rude")) == 50
+    )
     assert baselines.careless(["go", " away", " .", "!", " no"]) == [1, 0, 1, 0, 0]
     assert baselines.careless(["Go"]) == [0]
 
 
 def test_bag_of_tokens_finds_what_was_always_removed(world, tmp_path):
-    """In every train pair "bear" is replaced: the bag finds it, what looks at spacing does not; with other rewrites, people agree"""
+    """In every train pair "bear" is replaced: the bag finds it, what looks at spacing does not;
+    with other rewrites, people agree"""
+
     def row(k, original, edited):
         return dict(id=str(k), instruction="x", input="", original=original, edited=edited)
-    files.write_jsonl(tmp_path / "train.jsonl", [row(0, "apple\nbear", "apple\npear"), row(1, "bear\nplum", "tea\nplum"),
-                                                  row(2, "apple\nbear", "apple\nplum")])
+
+    files.write_jsonl(
+        tmp_path / "train.jsonl",
+        [
+            row(0, "apple\nbear", "apple\npear"),
+            row(1, "bear\nplum", "tea\nplum"),
+            row(2, "apple\nbear", "apple\nplum"),
+        ],
+    )
     files.write_jsonl(tmp_path / "test.jsonl", [row(3, "plum\nbear", "plum\napple")])
     record.LOCKS.clear()
-    baselines.main(baselines.Config(train=str(tmp_path / "train.jsonl"), data=str(tmp_path / "test.jsonl"),
-                                              tokenizer=f"{world}/sft", out=str(tmp_path / "figures.jsonl"), resamples=2))
+    baselines.main(
+        baselines.Config(
+            train=str(tmp_path / "train.jsonl"),
+            data=str(tmp_path / "test.jsonl"),
+            tokenizer=f"{world}/sft",
+            out=str(tmp_path / "figures.jsonl"),
+            resamples=2,
+        )
+    )
     (figures,) = rows_of(tmp_path / "figures.jsonl")
     assert figures["removed_bag"]["auroc"] == 1 and figures["removed_surface"]["auroc"] < 0.7
-    assert figures["removed_people"] == dict(auroc=1.0, texts=1) and figures["n"] == 1 and figures["n_train"] == 3
+    assert (
+        figures["removed_people"] == dict(auroc=1.0, texts=1)
+        and figures["n"] == 1
+        and figures["n_train"] == 3
+    )
 
 
 def test_study_tables_say_what_the_run_folders_hold(tmp_path):
     def group(auroc):
         return dict(auroc=auroc, standard_error=0.01)
+
     for seed, removed in ((0, 0.7), (1, 0.9)):
         home = tmp_path / f"study/people/seed{seed}/eq4"
         home.mkdir(parents=True)
-        figures = dict(n=7, accuracy=90.0 + 4 * seed, standard_error=1.0, longer_wins=12.5, kind="edits", tokens=dict(
-            removed=group(removed), added=group(0.6), unchanged=dict(mean=-1.0, sd=2.0), eos=dict(mean=0.5)))
+        figures = dict(
+            n=7,
+            accuracy=90.0 + 4 * seed,
+            standard_error=1.0,
+            longer_wins=12.5,
+            kind="edits",
+            tokens=dict(
+                removed=group(removed),
+                added=group(0.6),
+                unchanged=dict(mean=-1.0, sd=2.0),
+                eos=dict(mean=0.5),
+            ),
+        )
         (home / "rewards.json").write_text(json.dumps([figures]))
         (home / "run.json").write_text(json.dumps(dict(config=dict(batch=4, lr=1e-4), pairs=8)))
         (home / "metrics.jsonl").write_text('{"step": 1}\n')
-        (home.parent / "eq4.cpu.jsonl").write_text('{"stage": "reward_model.py", "cpu_s": 120}\n{"stage": "x", "cpu_s": 9}\n')
+        (home.parent / "eq4.cpu.jsonl").write_text(
+            '{"stage": "reward_model.py", "cpu_s": 120}\n{"stage": "x", "cpu_s": 9}\n'
+        )
     out = tmp_path / "EXPERIMENTS.md"
     out.write_text(f"before\n{study_tables.BEGIN}\nold\n{study_tables.END}\nafter\n")
     study_tables.main(study_tables.Config(data=str(tmp_path / "study"), out=str(out)))
     text = out.read_text()
-    assert "| Eq. 4 | 92.0 ± 2.0 | 0.800 ± 0.100 | 0.600 ± 0.000 | -1.00 (sd 2.00) | +0.50 | 2 | 2.0 |" in text
+    assert (
+        "| Eq. 4 | 92.0 ± 2.0 | 0.800 ± 0.100 | 0.600 ± 0.000 | -1.00 (sd 2.00) | +0.50 | 2 | 2.0 |"
+        in text
+    )
     assert "8 pairs, 2 steps of 4, lr 0.0001; tested on 7 others" in text and "12.5%" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     study_tables.main(study_tables.Config(data=str(tmp_path / "study"), out=str(out)))

@@ -5,6 +5,7 @@
 `python` is a small client of a server that forks itself for every call: same script, arguments, folder, environment, standard
 streams, signals and exit code as with a fresh interpreter, and nothing of the project's is loaded before. With PYTHON_EXEC=python
 torchrun's ranks are such, too."""
+
 import contextlib, json, os, runpy, select, signal, socket, subprocess, sys
 from pathlib import Path
 
@@ -31,8 +32,12 @@ def warm_python(folder):
     path, client = str(Path(folder, "warm.sock")), Path(folder, "warm_python")
     client.write_text(CLIENT.format(python=sys.executable, path=path))
     client.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, path], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                              env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen(
+        [sys.executable, __file__, path],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     assert server.stdout.readline() == b"ready\n"
     try:
         yield str(client)
@@ -44,8 +49,15 @@ def warm_python(folder):
 def serve(path):
     import anthropic, transformers, torch.distributed.checkpoint, torch.distributed.fsdp  # noqa: F401
     import torch.distributed.elastic.multiprocessing.errors, torch.distributed.launcher.api  # noqa: F401
-    for name in ("AutoModelForCausalLM", "AutoModelForTokenClassification", "AutoTokenizer", "LlamaForCausalLM",
-                 "LlamaForTokenClassification", "LlamaTokenizer"):
+
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForTokenClassification",
+        "AutoTokenizer",
+        "LlamaForCausalLM",
+        "LlamaForTokenClassification",
+        "LlamaTokenizer",
+    ):
         getattr(transformers, name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -63,7 +75,8 @@ def serve(path):
 
 
 def handle(connection):
-    """One call: the child runs it; here its end is told to the client, and the client's end is the child's"""
+    """One call: the child runs it; here its end is told to the client, and the client's end is the
+    child's"""
     size, streams, _, _ = socket.recv_fds(connection, 4, 3)
     words, cwd, env = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     child = os.fork()
