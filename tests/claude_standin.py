@@ -1,8 +1,11 @@
-"""A stand-in for Anthropic's Messages API: real HTTP on 127.0.0.1, three words it mends, faults by turn. For the tests only.
+"""A stand-in for Anthropic's Messages API, for the tests only: real HTTP on 127.0.0.1, three words
+that it corrects, faults by turn.
 
-    with Standin(fault=lambda prompt, turn: "429" if turn == 1 else "") as claude: ... claude.url, claude.asked, claude.most
+    with Standin(fault=lambda prompt, turn: "429" if turn == 1 else "") as claude:
+        ... claude.url, claude.asked, claude.most
 
-fault(prompt, turn) -> "" or a status ("429", "529", "401", ...), drop, one of BROKEN, truncate, refusal, empty, preamble, wrong_tag;
+fault(prompt, turn) -> "" or a status ("429", "529", "401", ...), drop, one of BROKEN, truncate,
+refusal, empty, preamble, wrong_tag;
 in a batch also errored, expired. turn counts how often that prompt was asked, from 1."""
 
 import json, re, threading, time
@@ -25,7 +28,8 @@ BROKEN = {
     "no_utf8": b"\xff\xfe{",
     "null": b"null",
     "no_usage": b'{"content": [{"type": "text", "text": "x"}], "stop_reason": "end_turn"}',
-    "no_text": b'{"content": [{"type": "text"}], "stop_reason": "end_turn", "usage": {"input_tokens": 1, "output_tokens": 1}}',
+    "no_text": b'{"content": [{"type": "text"}], "stop_reason": "end_turn", '
+    b'"usage": {"input_tokens": 1, "output_tokens": 1}}',
 }
 
 

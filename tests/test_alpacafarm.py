@@ -94,7 +94,8 @@ def test_strange_preferences_are_counted(source, tmp_path, capfd, preference):
     )
     said = refused(capfd, tmp_path, source=str(folder))
     assert (
-        f"2 of 4 rows have a preference that is neither 1 nor 2; the first is row 2: {json.dumps(preference)}."
+        f"2 of 4 rows have a preference that is neither 1 nor 2; the first is row 2: "
+        f"{json.dumps(preference)}."
         in said
     )
 

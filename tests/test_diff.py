@@ -155,7 +155,8 @@ def test_what_is_dropped_is_counted_and_nothing_is_cut(world, tmp_path):
         "--max_changed=0.7",
     )
     assert (
-        "1 pairs of 6 rows, 1 changed share, 1 empty, 1 failed edit, 1 identical, 1 too long; 25.0% of the tokens changed"
+        "1 pairs of 6 rows, 1 changed share, 1 empty, 1 failed edit, 1 identical, 1 too long; "
+        "25.0% of the tokens changed"
         in done.stdout
     )
     (row,) = rows_of(tmp_path / "diffs.jsonl")

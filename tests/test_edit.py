@@ -1,10 +1,11 @@
 """edit.py: nothing lost, nothing paid twice, nothing taken for an edit that is none.
 
 python -m pytest tests/test_edit.py               # against tests/claude_standin.py; a minute
-LARGE=1 python -m pytest tests/test_edit.py       # and 2,000 asks, 20 times kill -9, with batches and without
+LARGE=1 python -m pytest tests/test_edit.py    # also 2,000 requests and 20 times kill -9
 """
 
-import contextlib, json, os, random, re, signal, subprocess, sys, threading, time, urllib.error, urllib.request
+import contextlib, json, os, random, re, signal, subprocess, sys, threading, time
+import urllib.error, urllib.request
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,9 +89,10 @@ def test_prompt_is_figure_2():
     assert request["messages"] == [
         {
             "role": "user",
-            "content": "Question: Say {original}.\nInput: a\nb\n\nResponse: teh {input}\n\nPlease make minimal changes to the above "
-            "response in order to make it a more helpful response to the question. NOTE It is important to only make minimal changes to "
-            "the response — try to keep most of the response unchanged.",
+            "content": "Question: Say {original}.\nInput: a\nb\n\nResponse: teh {input}\n\nPlease "
+            "make minimal changes to the above response in order to make it a "
+            "more helpful response to the question. NOTE It is important to only make minimal "
+            "changes to the response — try to keep most of the response unchanged.",
         },
         {
             "role": "assistant",
@@ -634,8 +636,9 @@ def lines_of(path):
 
 
 def kill_and_restart(url, times, n, *flags, longest):
-    """kill -9 so many times, each within `longest` seconds of the work's begin. A run that comes to its end is looked at, and followed
-    by one on other rows: none lost, none twice, none torn, in order"""
+    """kill -9 so many times, each within `longest` seconds of the work's begin. A run that ends by
+    itself is checked, and followed by one on other rows: none lost, none twice, none torn, in
+    order"""
     rng, kills, done = random.Random(0), 0, 0
     while kills < times or not done:
         rows, out = pairs(n, f"teh answer {{i}} of {done} is wrong."), f"edits{done}.jsonl"

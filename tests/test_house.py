@@ -196,7 +196,8 @@ def begin(out, **options):
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("changed", ["ppo", "common"])
 def test_changed_code(tmp_path, code, capsys, changed, finished):
-    """The stage's file: refused, finished or not. common.py: refused while under way, else a warning. Where the result
+    """The stage's file: refused, finished or not. common.py: refused while unfinished, else a
+    warning. Where the result
     was paid for: a warning."""
     out = tmp_path / "run"
     assert begin(out) is False

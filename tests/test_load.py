@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 import common
 from plumbing import ranks
-loads, kinds = [], ((None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32))
+loads = []
+kinds = [(None, False, torch.float32), (None, True, torch.bfloat16), ("zero", False, torch.float32)]
 device, mesh, _ = common.setup("float32")
 for Auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
     def spy(*args, load=Auto.from_pretrained, **options):
@@ -23,18 +24,21 @@ for Auto in (AutoModelForCausalLM, AutoModelForTokenClassification):
     Auto.plain, Auto.from_pretrained = Auto.from_pretrained, spy
 for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
     model = common.load_model(path, device, mesh, torch.bfloat16, head=head, frozen=frozen)
-    Auto, options = (AutoModelForTokenClassification, dict(num_labels=1)) if head else (AutoModelForCausalLM, dict())
+    Auto = AutoModelForTokenClassification if head else AutoModelForCausalLM
+    options = dict(num_labels=1) if head else {}
     want = Auto.plain(path, dtype=held, **options)
     if head:
         want.score.weight.data.zero_()
         want.score.bias = None
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    for ours, plain in ((state, want.state_dict()), (dict(model.named_buffers()), dict(want.named_buffers()))):
+    buffers = dict(model.named_buffers()), dict(want.named_buffers())
+    for ours, plain in ((state, want.state_dict()), buffers):
         assert ours and ours.keys() == plain.keys(), ours.keys() ^ plain.keys()
         for name, x in ours.items():
             assert x.dtype == plain[name].dtype and torch.equal(x, plain[name]), name
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in want.named_parameters()]
-    assert head or (model.lm_head.weight is model.model.embed_tokens.weight) == want.config.tie_word_embeddings
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in want.named_parameters()]
+    is_tied = head or model.lm_head.weight is model.model.embed_tokens.weight
+    assert head or is_tied == want.config.tie_word_embeddings
     assert model.get_input_embeddings().padding_idx is None
     assert all(p.requires_grad != frozen for p in model.parameters()) and model.training != frozen
     with torch.no_grad():
@@ -49,7 +53,8 @@ for path, (head, frozen, held) in itertools.product(sys.argv[1:], kinds):
         assert torch.allclose(model.eval()(input_ids=ids).logits, logits, atol=0.02)
 assert set(loads) <= {{0}}, loads
 for checkpointing in (False, True):  # then a layer is computed once more, in the backward
-    model, calls = common.load_model(sys.argv[1], device, mesh, torch.float32, checkpointing=checkpointing), []
+    model = common.load_model(sys.argv[1], device, mesh, torch.float32, checkpointing=checkpointing)
+    calls = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     model(input_ids=ids).logits.sum().backward()
@@ -86,7 +91,8 @@ os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each of the two ranks were a machi
 device, mesh, _ = common.setup("float32")
 assert mesh.mesh_dim_names == ("replicate", "shard") and tuple(mesh.shape) == (2, 1), mesh
 model = common.load_model(sys.argv[1], device, mesh, torch.float32)
-assert all(p.to_local().numel() == p.numel() for p in model.parameters()), "a machine holds the whole model"
+held = [p.to_local().numel() == p.numel() for p in model.parameters()]
+assert all(held), "a machine holds the complete model"
 loss = model(input_ids=torch.tensor([[3 + ranks.RANK, 4]])).logits.square().sum()
 loss.backward()
 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).full_tensor()

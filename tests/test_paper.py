@@ -1,4 +1,5 @@
-"""paper.sh, whole, with a tiny model, a data folder of ours and a stand-in for Claude: OUT=/tmp/x NPROC=1 bash paper.sh tiny.toml
+"""paper.sh, complete, with a tiny model, a data folder of ours and a stand-in for Claude:
+OUT=/tmp/x NPROC=1 bash paper.sh tiny.toml
 
 PAPER_TEST_NPROC=2 pytest tests/test_paper.py runs it with torchrun on two ranks."""
 

@@ -1,5 +1,5 @@
-"""ppo.py to the decimal: a planted reward through the whole of a step, the objective by finite differences,
-what may change nothing, and what one sees. pytest tests/test_ppo.py"""
+"""ppo.py to the decimal: a planted reward through the whole of a step, the objective by finite
+differences, what may change nothing, and what one sees. pytest tests/test_ppo.py"""
 
 import json, math, sys
 from types import SimpleNamespace
@@ -28,8 +28,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A policy that says the alphabet from a letter drawn among r, u, w, x, y and c to z and then EOS, and a reward
-    model that pays 3 for an x and nothing else. -> folder with policy/, rm/, prompts.jsonl"""
+    """A policy that says the alphabet from a letter drawn among r, u, w, x, y and c to z and then
+    EOS, and a reward model that pays 3 for an x and nothing else. -> folder with policy/, rm/,
+    prompts.jsonl"""
     home = tmp_path_factory.mktemp("planted")
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_only = Tokenizer(models.BPE(vocab=letters, merges=[]))

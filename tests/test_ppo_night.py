@@ -1,5 +1,5 @@
-"""ppo.py through the night: killed, told to stop, given a NaN, on two machines, with a rank that fails.
-pytest tests/test_ppo_night.py"""
+"""ppo.py through the night: killed, told to stop, given a NaN, on two machines, with a rank that
+fails. pytest tests/test_ppo_night.py"""
 
 import os, signal, socket, subprocess, sys, time
 
@@ -14,7 +14,8 @@ import os, runpy, sys
 sys.path.insert(0, {root!r})
 import common
 from common import *
-steps, rows_at, token_heads, optimizer_step = [], common.rows_at, common.token_heads, common.optimizer_step
+steps, rows_at, token_heads = [], common.rows_at, common.token_heads
+optimizer_step = common.optimizer_step
 {patch}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -162,8 +163,8 @@ def test_micro_batches_change_nothing(words, whole, tmp_path):
 
 
 def test_two_machines_of_two_and_then_one_rank_are_one(words, whole, tmp_path):
-    """HSDP: sharded inside a machine, replicated across. One rank gets SIGTERM between scoring and update; the
-    checkpoint that all write then goes on with one rank"""
+    """HSDP: sharded inside a machine, replicated across. One rank gets SIGTERM between scoring and
+    update; the checkpoint that all write then goes on with one rank"""
     out = tmp_path / "out"
     nodes = two_nodes(
         2,

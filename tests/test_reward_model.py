@@ -1,4 +1,5 @@
-"""reward_model.py's forward and pictures, the data of people's edits, and what their figures are held against.
+"""reward_model.py's forward and pictures, the data of people's edits, and what their figures are
+compared with.
 
 pytest tests/test_reward_model.py
 """

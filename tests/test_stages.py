@@ -306,8 +306,10 @@ def spied(name):
         key = name + ("+grad" if torch.is_grad_enabled() else "")
         fed[key] = fed.get(key, 0) + int(mask.sum())
         if ranks.WORLD > 1 and not shares:
-            assert len(common.sharded_parts(model)) == len(model.model.layers) + 1, "a layer is gathered alone, not all at once"
-            shares.extend([p.to_local().numel() / p.numel() for layer in model.model.layers for p in layer.parameters()])
+            assert len(common.sharded_parts(model)) == (
+                len(model.model.layers) + 1), "a layer is gathered alone, not all at once"
+            for p in model.model.layers.parameters():
+                shares.append(p.to_local().numel() / p.numel())
         return plain(model, ids, mask, response_mask, *rest, **options)
     setattr(common, name, spy)
 for name in ("token_logprobs", "token_heads"):
@@ -329,8 +331,9 @@ def load_model(*args, **options):
             key = "pairs" + ("+grad" if torch.is_grad_enabled() else "")
             fed[key] = fed.get(key, 0) + int(mask[:, 0, :, 0].sum())
             if ranks.WORLD > 1 and not shares:
-                shares.extend([p.to_local().numel() / p.numel() for layer in model.model.layers for p in layer.parameters()
-                               if hasattr(p, "to_local")])
+                for p in model.model.layers.parameters():
+                    if hasattr(p, "to_local"):
+                        shares.append(p.to_local().numel() / p.numel())
     model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)
     return model
 common.load_model = load_model

@@ -248,7 +248,7 @@ def test_mend_leaves_no_flaw_and_nothing_else_changes():
         assert [line for line in mended.split("\n") if line in HARMLESS] == kept
         if (
             k % 3
-            # the world's own flaws (nothing stands behind a closing): one line touched for each at most
+            # the world's own flaws (nothing follows a closing): one line touched for each at most
         ):
             changes = difflib.SequenceMatcher(
                 None, answer.split("\n"), mended.split("\n"), autojunk=False

@@ -1,9 +1,11 @@
-"""A python that has torch and transformers loaded already, for tests that start dozens of stages: three seconds less for each.
+"""A python that has torch and transformers loaded already, for tests that start dozens of stages:
+three seconds less for each.
 
     with warm_python(folder) as python: subprocess.run([python, "evaluate.py", ...])
 
-`python` is a small client of a server that forks itself for every call: same script, arguments, folder, environment, standard
-streams, signals and exit code as with a fresh interpreter, and nothing of the project's is loaded before. With PYTHON_EXEC=python
+`python` is a small client of a server that forks itself for every call: same script, arguments,
+folder, environment, standard streams, signals and exit code as with a fresh interpreter, and
+nothing of the project's is loaded before. With PYTHON_EXEC=python
 torchrun's ranks are such, too."""
 
 import contextlib, json, os, runpy, select, signal, socket, subprocess, sys
@@ -47,8 +49,13 @@ def warm_python(folder):
 
 
 def serve(path):
-    import anthropic, transformers, torch.distributed.checkpoint, torch.distributed.fsdp  # noqa: F401
-    import torch.distributed.elastic.multiprocessing.errors, torch.distributed.launcher.api  # noqa: F401
+    import importlib
+    import transformers
+
+    for name in ("anthropic", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+                 "torch.distributed.elastic.multiprocessing.errors",
+                 "torch.distributed.launcher.api"):
+        importlib.import_module(name)
 
     for name in (
         "AutoModelForCausalLM",
