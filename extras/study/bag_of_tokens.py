@@ -1,12 +1,16 @@
-"""The baseline that cannot read the prompt: which of two answers is better, by how often each token stands in them.
+"""The baseline that cannot read the prompt: which of two answers is better, by how often each token
+stands in them.
 
     d=out/demo/data
-    python extras/study/bag_of_tokens.py --train=out/demo/edits.jsonl --data=$d/pref_heldout.jsonl --tokenizer=$d/model
+    python extras/study/bag_of_tokens.py --train=out/demo/edits.jsonl \\
+        --data=$d/pref_heldout.jsonl --tokenizer=$d/model
 
-Logistic regression on the difference of the two answers' token counts, prompts left out. In the toy world an item is
-right for one category and wrong for the others: what a bag knows is length, asides and closings. A reward model that is
-no better than this has not learnt to read the prompt.
+Logistic regression on the difference of the two answers' token counts, prompts left out. In the
+toy world an item is right for one category and wrong for the others: what a bag knows is length,
+asides and closings. A reward model that is no better than this has not learnt to read the
+prompt.
 """
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +27,32 @@ from plumbing.ranks import fail, say
 
 @dataclass(frozen=True)
 class Config:
-    train: str = "data/toy/pref.jsonl"         # pairs to learn from: pref.jsonl, or edits.jsonl (an edit beats its y_l)
+    # pairs to learn from: pref.jsonl, or edits.jsonl (an edit beats its y_l)
+    train: str = "data/toy/pref.jsonl"
     data: str = "data/toy/pref_heldout.jsonl"  # pairs to test on
     tokenizer: str = "data/toy/model"
-    out: str | None = None                     # a JSONL file for the one row of figures
-    l2: float = 1e-3                           # weight of |w|^2 / 2 beside the mean loss
+    out: str | None = None  # a JSONL file for the one row of figures
+    l2: float = 1e-3  # weight of |w|^2 / 2 next to the mean loss
 
 
-def read_pairs(path):
+def read_answer_pairs(path):
     """-> [(better answer, worse answer)]; edits that failed or changed nothing are left out"""
     rows = read_jsonl(path, {})
     if "edited" in rows[0]:
         rows = read_jsonl(path, {"original": str, "edited": (str, type(None))})
-        pairs = [(row["edited"], row["original"]) for row in rows if row["edited"] not in (None, row["original"])]
-        return pairs or fail(f"{path}: no pairs in it")
+        pairs = [
+            (row["edited"], row["original"])
+            for row in rows
+            if row["edited"] not in (None, row["original"])
+        ]
+        if not pairs:
+            fail(f"{path}: no pairs in it")
+        return pairs
     rows = read_jsonl(path, {"output_1": str, "output_2": str, "preference": (1, 2)})
-    return [(row[f"output_{int(row['preference'])}"], row[f"output_{int(3 - row['preference'])}"]) for row in rows]
+    return [
+        (row[f"output_{int(row['preference'])}"], row[f"output_{int(3 - row['preference'])}"])
+        for row in rows
+    ]
 
 
 def count_differences(pairs, tokenizer):
@@ -52,7 +66,8 @@ def count_differences(pairs, tokenizer):
 
 
 def fit(differences, l2):
-    """-> the weights [V] of the regression without intercept (a pair has no first side); convex, hence no seed"""
+    """-> the weights [V] of the regression without intercept (a pair has no first side); convex,
+    hence no seed"""
     weights = torch.zeros(differences.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=500, line_search_fn="strong_wolfe")
 
@@ -69,12 +84,18 @@ def fit(differences, l2):
 def main(cfg):
     for flag in ("train", "data", "tokenizer"):
         check_input(getattr(cfg, flag), flag, "python data/toy/prepare.py (edits: python edit.py)")
-    train, test, tokenizer = read_pairs(cfg.train), read_pairs(cfg.data), load_tokenizer(cfg.tokenizer)
+    train = read_answer_pairs(cfg.train)
+    test = read_answer_pairs(cfg.data)
+    tokenizer = load_tokenizer(cfg.tokenizer)
     margins = count_differences(test, tokenizer) @ fit(count_differences(train, tokenizer), cfg.l2)
     right = (margins > 0).double() + (margins == 0).double() / 2  # no opinion: half right
-    accuracy, error = right.mean().item(), (right.std() / len(right)**0.5).item() if len(right) > 1 else 0.0
-    say(f"bag of tokens, prompt unread: {100 * accuracy:.1f} +- {100 * error:.1f}% of {len(test)} pairs")
-    row = dict(name="bag_of_tokens", accuracy=accuracy, standard_error=error, n=len(test), train=cfg.train)
+    accuracy = right.mean().item()
+    error = (right.std() / len(right) ** 0.5).item() if len(right) > 1 else 0.0
+    say(f"bag of tokens, prompt unread: {100 * accuracy:.1f} +- {100 * error:.1f}% of {len(test)} "
+        "pairs")
+    row = dict(
+        name="bag_of_tokens", accuracy=accuracy, standard_error=error, n=len(test), train=cfg.train
+    )
     if cfg.out:
         write_jsonl(cfg.out, [row | {"data": cfg.data}])
 
