@@ -15,7 +15,8 @@ PHASES = ("rollout", "update", "checkpoint", "rename", "model folder")
 TIMINGS = {"seconds", "rollout_s", "score_s", "update_s", "tokens_per_s", "peak_gb"}
 PPO = (
     "--steps=48 --rollout_batch=16 --rollout_micro_batch=4 --score_micro_batch=8 --batch=8 "
-    "--micro_batch=4 --response_len=12 --query_len=64 --lr=1e-3 --kl_target=0.1 --resume_every=2 --save_every=3"
+    "--micro_batch=4 --response_len=12 --query_len=64 --lr=1e-3 --kl_target=0.1 "
+    "--resume_every=2 --save_every=3"
 ).split()
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The study of EXPERIMENTS.md: token rewards on people's edits, and the paper's 2 x 2 in the toy world.
+# The study of EXPERIMENTS.md: token rewards on people's edits; the paper's 2 x 2 in the toy world.
 #
 #     MODEL=FOLDER bash extras/study/study.sh           # -> out/study, the tables of EXPERIMENTS.md
-#     MODEL=FOLDER SEEDS="0 1 2" bash extras/study/study.sh people tables    # some parts, some seeds
+#     MODEL=FOLDER SEEDS="0 1 2" bash extras/study/study.sh people tables   # parts, seeds
 #
 # FOLDER holds SmolLM2-135M-Instruct or another small model. One process at a time. It can be
-# interrupted: the same command skips what is finished. RUN.cpu.jsonl has the CPU seconds of each run.
+# interrupted: the same command skips what is finished. RUN.cpu.jsonl has a run's CPU seconds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${OUT:-out/study}
@@ -140,7 +140,8 @@ toy)  # the toy world, where the truth is known: the same loss on original and o
             timed "$T/rm_$rm" reward_model.py "${A[@]}" --model="$T/sft" --data="$data" \
                 --loss=sequence --out="$T/rm_$rm"
             timed "$T/rm_$rm" evaluate.py rewards "${A[@]}" --reward_model="$T/rm_$rm" \
-                --out="$T/rm_$rm/rewards.json" --data="$T/data/pref_heldout.jsonl,$T/edits_heldout.jsonl"
+                --out="$T/rm_$rm/rewards.json" \
+                --data="$T/data/pref_heldout.jsonl,$T/edits_heldout.jsonl"
         done
     done ;;
 tables)

@@ -81,7 +81,8 @@ def cell(runs, name, digits=3):
     groups = [(run["figures"][0].get("tokens") or {}).get(name) for run in runs]
     if None in groups:
         return "-"
-    return cell_over_seeds([g["auroc"] for g in groups], [g["standard_error"] for g in groups], digits)
+    errors = [g["standard_error"] for g in groups]
+    return cell_over_seeds([g["auroc"] for g in groups], errors, digits)
 
 
 def spread(runs, name):
