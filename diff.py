@@ -1,19 +1,29 @@
-"""Stage 2. Which tokens did the edit change? edits.jsonl -> diffs.jsonl: pairs of token sequences with U_0 / U_1 masks.
+"""Stage 2. Which tokens did the edit change? Pairs of token sequences with masks of U_0 and U_1.
 
     python diff.py out/edits.jsonl --tokenizer=out/sft             # -> out/diffs.jsonl
-    python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5  # pairs in the terminal: [-removed-] {+added+}
+    python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5  # pairs in the terminal:
+                                                                   # [-removed-] {+added+}
     python diff.py show out/edits.jsonl --html=out/diffs.html      # the same as a page
 
-U_0, the unchanged part, is a longest common subsequence of the two token sequences; U_1 is the rest, on each side. (The
-paper writes U_0 = {t : a_t^i = a_t^j}; once something was inserted or deleted, only an alignment makes sense of that.)
-Both answers end in EOS unless the row's `cut` names them, so EOS is a token like any other and is usually in U_0.
+U_0, the unchanged part, is a longest common subsequence of the two token sequences. U_1 is the
+rest, on each side:
 
-Nothing is cut to fit. Cutting both answers at one length would put untouched tokens into U_1: an insertion pushes as
-many of the edited answer's last tokens over the edge, and the original's, left without a partner, would be punished.
-Pairs that are too long, identical, empty or changed beyond `max_changed` are dropped and counted, and so are failed
-edits (edited: null).
+    original    List  of   fruits  :  tea     pear            EOS
+    edited      List  of   fruits  :  apple   pear  and  fig  EOS
+    U_0          *    *      *     *           *               *
+    U_1                               *              *    *
+
+(The paper writes U_0 = {t : a_t^i = a_t^j}. After an insertion or a deletion, the same t no longer
+means the same token, so an alignment is needed.) Both answers end in EOS unless the row's `cut`
+field lists them as truncated. EOS is a token like any other and is usually in U_0.
+
+Nothing is truncated to fit. If both answers were truncated to N tokens, an insertion of k tokens
+would cut the last k tokens off the edited answer only. The same tokens of the original would then
+look deleted, and would be punished. Instead, pairs that are too long, identical, empty, or changed
+beyond `max_changed` are dropped and counted. So are failed edits (edited: null).
 """
-import json, sys
+import json, math, sys
+from collections import Counter
 from dataclasses import dataclass
 
 from common import encode_prompt, encode_response, load_tokenizer, tokenizer_hash
@@ -25,13 +35,16 @@ from plumbing.record import begin, finish
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "out/edits.jsonl"   # rows: id, instruction, input, original (y_l), edited (y_w, or null: it failed)
-    tokenizer: str = "out/sft"      # folder (or hub name) of the model whose tokens count: reward model's and policy's
+    data: str = "out/edits.jsonl"   # rows: id, instruction, input, original (y_l) and edited (y_w,
+                                    # or null: the edit failed)
+    tokenizer: str = "out/sft"      # folder or hub name of the model whose tokenizer is used: that
+                                    # of the reward model and of the policy
     out: str = "out/diffs.jsonl"
-    gaps: bool = False              # ours, see align(): so that Eq. 4 can punish an omission
-    max_tokens: int = 512           # of prompt + answer; longer pairs are dropped (the paper's preset: 512)
-    max_changed: float = 1.0        # drop pairs with a larger share of changed tokens; 1: keep rewrites too
-    seed: int = 0                   # nothing here is random
+    gaps: bool = False              # our addition, see align(): lets Eq. 4 punish an omission
+    max_tokens: int = 512           # prompt + answer; longer pairs are dropped (the paper's preset)
+    max_changed: float = 1.0        # pairs with a larger share of changed tokens are dropped;
+                                    # 1: rewritten answers are kept, too
+    seed: int = 0                   # unused; every stage has one
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
@@ -39,137 +52,220 @@ class Config:
 # ---------------------------------------------------------------- the alignment
 
 def lcs_length(a, b):
-    """Length of a longest common subsequence, a bit per token of a (Hyyro 2004): a zero in v is a step of the length"""
-    places = {}
+    """Length of a longest common subsequence of two lists, by bits (Hyyro 2004): after each token
+    of b, bit i of v is 0 where the length grows at a[i]."""
+    places = {}  # token -> the bits of its positions in a
     for i, token in enumerate(a):
-        places[token] = places.get(token, 0) | 1 << i
-    v = whole = (1 << len(a)) - 1
+        places[token] = places.get(token, 0) | (1 << i)
+
+    all_bits = (1 << len(a)) - 1
+    v = all_bits
     for token in b:
         u = v & places.get(token, 0)
-        v = ((v + u) | (v - u)) & whole
+        v = ((v + u) | (v - u)) & all_bits
     return len(a) - v.bit_count()
 
 
 def common_pairs(a, b):
-    """Index pairs (i, j), a[i] == b[j], of a longest common subsequence with as few contiguous runs as any longest has.
+    """Index pairs (i, j) with a[i] == b[j]: of the longest common subsequences, one that has the
+    fewest contiguous runs. Ties: see align().
 
-    Dynamic programming over prefixes: best[i][j] scores a[:i] against b[:j], run[i][j] the same with a[i-1] on b[j-1].
-    A pair is worth MATCH, beginning a new run costs 1. An optimal path makes len(a) - L deletions and len(b) - L
-    insertions, so it stays in a narrow band about the diagonal; the rest is not computed."""
-    L, n, m = lcs_length(a, b), len(a), len(b)
-    MATCH, NEVER = n + m + 2, -(n + m + 2) ** 2
-    best, run = ([[NEVER] * (m + 1) for _ in range(n + 1)] for _ in range(2))
-    best[0][0] = 0
-    for i in range(n + 1):
-        for j in range(max(0, i - (n - L)), min(m, i + (m - L)) + 1):
-            if i and j and a[i - 1] == b[j - 1]:
-                run[i][j] = MATCH + max(run[i - 1][j - 1], best[i - 1][j - 1] - 1)
-            best[i][j] = max(best[i][j], run[i][j], best[i - 1][j] if i else NEVER, best[i][j - 1] if j else NEVER)
-    pairs, i, j, inside = [], n, m, False
-    while i and j:
-        if inside or best[i][j] == run[i][j]:
-            inside = run[i][j] == MATCH + run[i - 1][j - 1]  # did the pair before belong to the same run?
-            i, j = i - 1, j - 1
+    Dynamic programming over prefixes. best[i][j] is the best score of a[:i] against b[:j];
+    run[i][j] is the best score in which a[i-1] is paired with b[j-1]. A pair scores MATCH, and each
+    run costs 1. A longest subsequence of length L deletes len(a) - L tokens and inserts len(b) - L.
+    So its path stays in a narrow band, and the other cells are never computed. Here L is 3, with
+    one deletion and two insertions (o: the path, +: the band, a step along the diagonal: a pair):
+
+                   p  x  r  s  y        b
+                o  +  +  .  .  .
+             p  +  o  o  +  .  .        (p, p); x is inserted
+             q  .  +  o  +  +  .        q is deleted
+             r  .  .  +  o  +  +        (r, r)
+        a    s  .  .  .  +  o  o        (s, s); y is inserted
+    """
+    n = len(a)
+    m = len(b)
+    L = lcs_length(a, b)
+    deletions = n - L
+    insertions = m - L
+    MATCH = n + m + 2  # a longer subsequence is always better: all runs together cost less
+    NEVER = -math.inf
+    best = [[NEVER] * (m + 1) for _ in range(n + 1)]
+    run = [[NEVER] * (m + 1) for _ in range(n + 1)]
+
+    # The border: one side is empty, so no pair, no run, score 0.
+    for i in range(deletions + 1):
+        best[i][0] = 0
+    for j in range(insertions + 1):
+        best[0][j] = 0
+
+    # The rest of the band: a pair continues a run or begins one; or one token has no partner.
+    for i in range(1, n + 1):
+        first = max(1, i - deletions)
+        last = min(m, i + insertions)
+        for j in range(first, last + 1):
+            if a[i - 1] == b[j - 1]:
+                begun = best[i - 1][j - 1] - 1
+                run[i][j] = MATCH + max(run[i - 1][j - 1], begun)
+            best[i][j] = max(run[i][j], best[i - 1][j], best[i][j - 1])
+
+    # Walk back along an optimal path: pair if possible, else delete from a, else insert from b.
+    pairs = []
+    i = n
+    j = m
+    in_run = False  # must this pair be taken, because the one after it continues its run?
+    while i > 0 and j > 0:
+        if in_run or best[i][j] == run[i][j]:
+            in_run = run[i][j] == MATCH + run[i - 1][j - 1]
+            i -= 1
+            j -= 1
             pairs.append((i, j))
         elif best[i][j] == best[i - 1][j]:
             i -= 1
         else:
             j -= 1
-    return pairs[::-1]
+    pairs.reverse()
+    return pairs
 
 
 def align(original, edited, *, gaps=False):
-    """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1): 1 = in U_1.
+    """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1, as long
+    as they are): 1 = in U_1.
 
-    The unchanged tokens are a longest common subsequence: the common beginning and end first, between them one with as
-    few contiguous runs as there can be. Ties are decided from the end: two tokens are paired if such an alignment pairs
-    them, otherwise the original's is dropped if one can do without it. The same texts always give the same masks.
+    The unchanged tokens are a longest common subsequence: the common beginning and end, and between
+    them one with as few contiguous runs as possible. Ties: going backwards, two tokens are paired
+    if an optimal alignment pairs them; if none does, prefer to delete from the original. So the
+    same texts always give the same masks.
 
-    gaps=True: where something was only inserted (or deleted), the side without it has no U_1, and Eq. 4 could not blame
-    its omission. Then the unchanged token that stands there counts as changed too: it is the action taken in the state
-    in which the other answer acted differently (an EOS that came too early, say)."""
-    n, m = len(original), len(edited)
+    gaps=True: where text was only inserted (or only deleted), the side without it has no U_1, and
+    Eq. 4 cannot punish the omission. Then the unchanged token at that place counts as changed, too.
+    It is the action taken in the state in which the other answer acted differently. In this example
+    tea was replaced, and plum inserted, so EOS came too early:
+
+        original  red  tea   fig        EOS     original_changed  0 1 0   0   gaps=True  0 1 0   1
+        edited    red  pear  fig  plum  EOS     edited_changed    0 1 0 1 0              0 1 0 1 0
+    """
+    n = len(original)
+    m = len(edited)
+
+    # The common beginning and the common end.
+    shorter = min(n, m)
     head = 0
-    while head < min(n, m) and original[head] == edited[head]:
+    while head < shorter and original[head] == edited[head]:
         head += 1
     tail = 0
-    while tail < min(n, m) - head and original[n - 1 - tail] == edited[m - 1 - tail]:
+    while tail < shorter - head and original[n - 1 - tail] == edited[m - 1 - tail]:
         tail += 1
-    between = common_pairs(original[head:n - tail], edited[head:m - tail])
-    kept = [*((i, i) for i in range(head)), *((head + i, head + j) for i, j in between),
-            *((n - k, m - k) for k in range(tail, 0, -1))]
-    original_changed, edited_changed = [1] * n, [1] * m
-    before = (-1, -1)
+
+    # All unchanged tokens, as index pairs in order.
+    kept = [(k, k) for k in range(head)]
+    for i, j in common_pairs(original[head:n - tail], edited[head:m - tail]):
+        kept.append((head + i, head + j))
+    for k in range(tail, 0, -1):
+        kept.append((n - k, m - k))
+
+    # The rest is changed; with gaps, so is an unchanged token after a pure insertion or deletion.
+    original_changed = [1] * n
+    edited_changed = [1] * m
+    last_i = -1
+    last_j = -1
     for i, j in kept:
-        removed, added = i - before[0] - 1, j - before[1] - 1  # tokens between this unchanged token and the last one
+        removed = i - last_i - 1  # tokens since the last unchanged one
+        added = j - last_j - 1
         original_changed[i] = int(gaps and added > 0 and removed == 0)
         edited_changed[j] = int(gaps and removed > 0 and added == 0)
-        before = (i, j)
+        last_i = i
+        last_j = j
     return original_changed, edited_changed
 
 
-def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_changed=1.0, max_tokens=None):
-    """Why a pair must not be learnt from: "empty", "identical", "too long", "changed share"; None: it may.
-    max_tokens is the answers' room, without the prompt."""
-    if len(original_ids) < 2 or len(edited_ids) < 2:  # EOS alone
+# ---------------------------------------------------------------- rows
+
+EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str,
+               "edited": (str, type(None))}
+
+
+def changed_share(original_changed, edited_changed):
+    """The share of the tokens of both sides that are in U_1, 0 to 1"""
+    changed = sum(original_changed) + sum(edited_changed)
+    return changed / max(1, len(original_changed) + len(edited_changed))
+
+
+def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_changed=1.0,
+         max_tokens=None):
+    """Reason to drop a pair ("empty", "identical", "too long" or "changed share"), or None.
+    max_tokens: the room for an answer, without the prompt; None: any length."""
+    shorter, longer = sorted((len(original_ids), len(edited_ids)))
+    if shorter < 2:  # EOS alone
         return "empty"
     if original_ids == edited_ids:
         return "identical"
-    if max_tokens is not None and max(len(original_ids), len(edited_ids)) > max_tokens:
+    if max_tokens is not None and longer > max_tokens:
         return "too long"
     if changed_share(original_changed, edited_changed) > max_changed:
         return "changed share"
     return None
 
 
-def changed_share(original_changed, edited_changed):
-    """The share of the tokens of both sides that are in U_1"""
-    return (sum(original_changed) + sum(edited_changed)) / max(1, len(original_changed) + len(edited_changed))
-
-
 def diff_row(row, tokenizer, gaps=False):
-    """A row of edits.jsonl -> a row of diffs.jsonl; its other fields pass through"""
+    """A row of edits.jsonl -> a row of diffs.jsonl. Its other fields are kept."""
     cut = row.get("cut") or []
     original_ids = encode_response(tokenizer, row["original"], eos="original" not in cut)
     edited_ids = encode_response(tokenizer, row["edited"], eos="edited" not in cut)
     original_changed, edited_changed = align(original_ids, edited_ids, gaps=gaps)
-    return row | dict(prompt_ids=encode_prompt(tokenizer, row), edited_ids=edited_ids, original_ids=original_ids,
-                      edited_changed=edited_changed, original_changed=original_changed)
+
+    pair = dict(row)
+    pair["prompt_ids"] = encode_prompt(tokenizer, row)
+    pair["edited_ids"] = edited_ids
+    pair["original_ids"] = original_ids
+    pair["edited_changed"] = edited_changed
+    pair["original_changed"] = original_changed
+    return pair
 
 
 # ---------------------------------------------------------------- the stage
 
-EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str, "edited": (str, type(None))}
-
-
-def main(cfg):
+def check(cfg):
+    """What can be wrong before anything is written -> rows, tokenizer"""
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     if not 0 < cfg.max_changed <= 1:
         fail(f"--max_changed is a share, above 0 and at most 1, got {cfg.max_changed}")
     check_numbers(cfg, "max_tokens")
-    rows = read_jsonl(cfg.data, EDIT_FIELDS)
-    tokenizer = load_tokenizer(cfg.tokenizer)
+    return read_jsonl(cfg.data, EDIT_FIELDS), load_tokenizer(cfg.tokenizer)
+
+
+def main(cfg):
+    rows, tokenizer = check(cfg)
     if begin(cfg, "diff", inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer)):
         return say(f"{cfg.out} is finished; nothing to do")
 
-    dropped, shares = {}, []
+    # Align each pair; write it, or drop and count it.
+    dropped = Counter()
+    shares = []
     with replacing(cfg.out) as file:
         for row in rows:
-            pair = row["edited"] is not None and diff_row(row, tokenizer, cfg.gaps)
-            why = "failed edit" if not pair else gate(
-                pair["original_ids"], pair["edited_ids"], pair["original_changed"], pair["edited_changed"],
-                max_changed=cfg.max_changed, max_tokens=cfg.max_tokens - len(pair["prompt_ids"]))
+            if row["edited"] is None:
+                why = "failed edit"
+            else:
+                pair = diff_row(row, tokenizer, cfg.gaps)
+                masks = (pair["original_changed"], pair["edited_changed"])
+                room = cfg.max_tokens - len(pair["prompt_ids"])
+                why = gate(pair["original_ids"], pair["edited_ids"], *masks,
+                           max_changed=cfg.max_changed, max_tokens=room)
             if why:
-                dropped[why] = dropped.get(why, 0) + 1
+                dropped[why] += 1
                 continue
-            shares.append(changed_share(pair["original_changed"], pair["edited_changed"]))
+            shares.append(changed_share(*masks))
             file.write(json.dumps(pair) + "\n")
         if not shares:
-            fail(f"{cfg.data}: no pair is left to learn from; dropped: {dropped}")
-    share, counts = sum(shares) / len(shares), "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
-    say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows{counts}; {share:.1%} of the tokens changed")
-    finish(cfg, pairs=len(shares), dropped=dropped, changed_share=share)
+            fail(f"{cfg.data}: no pair is left to learn from; dropped: {dict(dropped)}")
+
+    share = sum(shares) / len(shares)
+    counts = "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
+    say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows{counts}; "
+        f"{share:.1%} of the tokens changed")
+    finish(cfg, pairs=len(shares), dropped=dict(dropped), changed_share=share)
 
 
 if __name__ == "__main__":
