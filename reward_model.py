@@ -283,7 +283,7 @@ def score_pairs_shared_prompt(model, pairs, device):
     t = torch.arange(T, device=device)
     response_mask = t < lengths                                                   # [2B, T]
     column = (start + t).clamp(max=S - 1)                                         # [2B, T]
-    r = heads[row, column].masked_fill(~response_mask, 0)                        # [2B, T]
+    r = heads[row, column].masked_fill(~response_mask, 0)                         # [2B, T]
     changed = padded(changed_w + changed_l, 0, device)                            # [2B, T]
     return both_sides(r, response_mask, changed)
 
@@ -316,12 +316,13 @@ def rows_of_prompts(prompts, answers):
 def prompt_can_be_shared(model):
     """Is the mask of score_pairs_shared_prompt exact for this model? Only with full attention in
     every layer, computed by torch's sdpa. A sliding window is a mask of its own, which ours would
-    replace. Soft-capping is not what sdpa computes. Eager attention adds the mask to its scores,
-    where True and False are 1 and 0 and hide nothing."""
+    replace. sdpa has no soft-capping. Eager attention adds the mask to its scores, where True and
+    False are 1 and 0 and hide nothing."""
     config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        return False
+    layer_types = getattr(config, "layer_types", None) or []
+    for layer_type in layer_types:
+        if layer_type != "full_attention":
+            return False
     if getattr(config, "sliding_window", None) is not None:
         return False
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -457,8 +458,9 @@ def main(cfg):
         norm = optimizer_step(model.parameters(), optimizer, lr, cfg.max_grad_norm, where)
 
         # One line of metrics.jsonl, with held-out figures where they are due.
-        summed = total(torch.stack(list(sums.values())))  # all ranks
-        means = dict(zip(sums, (summed / len(batch)).tolist()))
+        all_sums = total(torch.stack(list(sums.values())))  # [7], all ranks
+        figures = all_sums / len(batch)
+        means = dict(zip(sums, figures.tolist()))
         tokens = sum(lengths[i] for i in batch)
         speed = tokens / (time.time() - started)
         row = dict(step=step, **means, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_s=speed)

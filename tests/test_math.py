@@ -839,7 +839,7 @@ def test_a_tie_is_half_a_hit(world):
         world / "rm", torch.device("cpu"), None, torch.float32, head="saved", frozen=True
     )
     pair = ([1, 5, 6], [7, 8], [7, 8], [1, 1], [1, 1])
-    said = reward_model.evaluate(model, [pair], reward_model.Config(), torch.device("cpu"))
+    said = reward_model.held_out_figures(model, [pair], reward_model.Config(), torch.device("cpu"))
     assert said == {
         "eval_accuracy": 0.5,
         "eval_margin": 0.0,

@@ -1,15 +1,16 @@
-"""reward_model.py's forward and pictures, the data of people's edits, and what their figures are
-compared with.
+"""reward_model.py's two forwards and its pictures, the data of people's edits, and the baselines
+that their figures are compared with.
 
-pytest tests/test_reward_model.py
+    pytest tests/test_reward_model.py
 """
-
 import json, random, re
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest, torch
-from transformers import LlamaConfig, LlamaForTokenClassification
+from transformers import (AutoModelForTokenClassification, Gemma2Config, LlamaConfig, MistralConfig,
+                          Qwen2Config, Qwen3Config)
 
 import common, reward_model
 from plumbing import files
@@ -22,107 +23,185 @@ from extras.study import baselines, tables as study_tables
 from test_diff import Text
 
 
-# ---------------------------------------------------------------- one prompt, several answers
+# ---------------------------------------------------------------- the rewards of pairs
+
+def tiny_model(Config=LlamaConfig, attention="sdpa", **options):
+    """Three layers with random weights, and a head that gives one number per token"""
+    torch.manual_seed(0)
+    config = Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                    num_attention_heads=4, num_key_value_heads=2, num_labels=1, head_dim=8,
+                    token_classification_bias=False, classifier_dropout=0.0, **options)
+    Auto = AutoModelForTokenClassification
+    return Auto.from_config(config, attn_implementation=attention).eval()
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    return LlamaForTokenClassification(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_labels=1,
-            token_classification_bias=False,
-            classifier_dropout=0.0,
-        )
-    ).double()
+    return tiny_model().double()
 
 
 def drawn_pairs(seed, prompts):
-    """Pairs whose prompts are drawn[p] for p in prompts, ids and lengths drawn"""
+    """One pair for each name in prompts. The same name is the same prompt; ids and lengths are
+    drawn."""
     draw = random.Random(seed)
 
-    def ids(n):
-        return [draw.randrange(50) for _ in range(n)]
+    def ids(longest):
+        return [draw.randrange(50) for _ in range(draw.randint(1, longest))]
 
-    drawn = {p: ids(draw.randint(1, 12)) for p in sorted(set(prompts))}
-    answers = [(ids(draw.randint(1, 9)), ids(draw.randint(1, 9))) for _ in prompts]
-    return [
-        (drawn[p], w, l, [draw.randrange(2) for _ in w], [draw.randrange(2) for _ in l])
-        for p, (w, l) in zip(prompts, answers)
-    ]
+    drawn = {}
+    for name in sorted(set(prompts)):
+        drawn[name] = ids(12)
+    pairs = []
+    for name in prompts:
+        w = ids(9)
+        l = ids(9)
+        changed_w = [draw.randrange(2) for _ in w]
+        changed_l = [draw.randrange(2) for _ in l]
+        pairs.append((drawn[name], w, l, changed_w, changed_l))
+    return pairs
 
 
-@pytest.mark.parametrize("prompts", [(0,), (0, 1, 2), (0, 1, 0, 2, 0)])
-def test_answers_behind_one_prompt_get_the_rewards_they_get_alone(tiny, prompts):
-    pairs = drawn_pairs(len(prompts), prompts)
-    scored = reward_model.score_pairs(tiny, pairs, "cpu")
+def alone(model, prompt, answer):
+    """The rewards of an answer in a row of its own: no padding, no other answer, [T]"""
+    ids = torch.tensor([prompt + answer])
+    return model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt):, 0]
+
+
+def assert_as_alone(model, pairs, scored, tolerance):
+    """Each answer has the rewards that it gets alone, and 0 after its end"""
     for side in (0, 1):  # w, l
-        r, response, changed = scored[3 * side : 3 * side + 3]
+        r, response_mask, changed = scored[3 * side:3 * side + 3]
         for i, pair in enumerate(pairs):
             answer = pair[1 + side]
-            ids = torch.tensor([pair[0] + answer])
-            alone = tiny(ids, attention_mask=torch.ones_like(ids)).logits[
-                0, len(pair[0]) :, 0
-            ]  # no padding, no neighbour
-            assert (
-                torch.allclose(r[i, : len(answer)], alone, atol=1e-12) and alone.abs().max() > 1e-3
-            )
-            assert response[i].sum() == len(answer) and (r[i, len(answer) :] == 0).all()
-            assert (
-                changed[i, : len(answer)].tolist() == pair[3 + side]
-                and changed[i, len(answer) :].sum() == 0
-            )
+            T = len(answer)
+            want = alone(model, pair[0], answer)
+            assert torch.allclose(r[i, :T], want, atol=tolerance, rtol=0)
+            assert want.abs().max() > 1e-3, "all rewards are 0: the comparison would say nothing"
+            assert (r[i, T:] == 0).all()
+            assert response_mask[i, :T].all() and response_mask[i].sum() == T
+            assert changed[i, :T].tolist() == pair[3 + side] and changed[i, T:].sum() == 0
 
 
-def test_the_gradient_is_that_of_answers_alone(tiny):
+FORMS = [reward_model.score_pairs, reward_model.score_pairs_shared_prompt]
+PROMPTS = [(0,), (0, 1, 2), (0, 1, 0, 2, 0)]  # one pair; no prompt twice; three pairs share one
+
+
+@pytest.mark.parametrize("score", FORMS)
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_answers_get_the_rewards_that_they_get_alone(tiny, score, prompts):
+    pairs = drawn_pairs(len(prompts), prompts)
+    assert_as_alone(tiny, pairs, score(tiny, pairs, "cpu"), 1e-12)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_both_forms_agree(prompts):
+    """float32, answers and prompts of different lengths"""
+    model = tiny_model()
+    pairs = drawn_pairs(len(prompts), prompts)
+    plain = reward_model.score_pairs(model, pairs, "cpu")
+    shared = reward_model.score_pairs_shared_prompt(model, pairs, "cpu")
+    for a, b in zip(plain, shared, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.allclose(a.double(), b.double(), atol=1e-5, rtol=0)
+    assert plain[0].abs().max() > 1e-3 and plain[3].abs().max() > 1e-3
+
+
+GEMMA_2 = dict(Config=Gemma2Config, attention="eager", sliding_window=4)
+OTHERS = {
+    "Gemma 2": GEMMA_2,  # a sliding window in every second layer, and soft-capping
+    "Gemma 2, soft-capping alone": GEMMA_2 | dict(layer_types=["full_attention"] * 3),
+    "Qwen 2, a window in its upper layers": dict(
+        Config=Qwen2Config, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "Mistral, a window in all layers": dict(Config=MistralConfig, sliding_window=4),
+    "Llama in eager attention": dict(attention="eager"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_plain_form_is_used_where_the_mask_is_not_exact(name):
+    model = tiny_model(**OTHERS[name])
+    assert not reward_model.prompt_can_be_shared(model)
+    score = reward_model.fastest_scorer(model)
+    assert score is reward_model.score_pairs
+    pairs = drawn_pairs(5, (0, 1, 0, 2, 0))
+    assert_as_alone(model, pairs, score(model, pairs, "cpu"), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Qwen 2, a window in its upper layers",
+                                  "Mistral, a window in all layers", "Llama in eager attention"])
+def test_the_shared_prompt_would_be_wrong_there(name):
+    """What prompt_can_be_shared prevents: without it the rewards would be others"""
+    model = tiny_model(**OTHERS[name])
+    pairs = drawn_pairs(5, (0, 1, 0, 2, 0))
+    plain = reward_model.score_pairs(model, pairs, "cpu")
+    shared = reward_model.score_pairs_shared_prompt(model, pairs, "cpu")
+    assert (plain[0] - shared[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("Config", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_the_prompt_is_shared_where_the_mask_is_exact(Config):
+    model = tiny_model(Config)
+    score = reward_model.fastest_scorer(model)
+    assert score is reward_model.score_pairs_shared_prompt
+    pairs = drawn_pairs(5, (0, 1, 0, 2, 0))
+    assert_as_alone(model, pairs, score(model, pairs, "cpu"), 1e-5)
+
+
+@pytest.mark.parametrize("score", FORMS)
+def test_the_gradient_is_that_of_answers_alone(tiny, score):
     pairs = drawn_pairs(7, (0, 1, 0))
 
     def gradient(parts):
         tiny.zero_grad()
         for part in parts:
-            reward_model.pair_losses(
-                *reward_model.score_pairs(tiny, part, "cpu"), loss="eq3", anchor=0.1
-            ).sum().backward()
-        return torch.cat([p.grad.flatten() for p in tiny.parameters() if p.grad is not None])
+            scored = score(tiny, part, "cpu")
+            losses = reward_model.pair_losses(*scored, loss="eq3", anchor=0.1)
+            losses.sum().backward()
+        gradients = [p.grad.flatten() for p in tiny.parameters() if p.grad is not None]
+        return torch.cat(gradients)
 
-    assert torch.allclose(
-        gradient([pairs]), gradient([[pair] for pair in pairs]), atol=1e-7
-    )  # Llama's norms round to float32
+    together = gradient([pairs])
+    one_by_one = gradient([[pair] for pair in pairs])
+    assert torch.allclose(together, one_by_one, atol=1e-7)  # Llama's norms round to float32
+
+
+@contextmanager
+def tokens_fed(model):
+    """-> a list that gets the number of ids of each forward, padding included"""
+    fed = []
+
+    def count(module, positional, given):
+        fed.append(given["input_ids"].numel())
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    yield fed
+    hook.remove()
 
 
 def test_a_prompt_is_computed_once(tiny):
-    fed = []
-    hook = tiny.register_forward_pre_hook(
-        lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True
-    )
     pairs = [([1] * 30, [2] * 5, [3] * 5, [0] * 5, [0] * 5)] * 4
-    reward_model.score_pairs(tiny, pairs, "cpu")
-    hook.remove()
+    with tokens_fed(tiny) as fed:
+        reward_model.score_pairs_shared_prompt(tiny, pairs, "cpu")
     assert fed == [30 + 4 * 10], "the prompt once, no padding"
+    with tokens_fed(tiny) as fed:
+        reward_model.score_pairs(tiny, pairs, "cpu")
+    assert fed == [8 * 35], "the plain form: two rows a pair"
 
 
 def test_pair_files_are_packed_without_much_padding(tiny):
     """Micro-batches of similar length: of what is computed, at most a seventh is padding"""
-    draw, fed = random.Random(0), []
-    pairs = [
-        ([k + 1] * draw.randint(10, 100), *([2] * draw.randint(5, 80) for _ in range(2)))
-        for k in range(49)
-    ]
-    pairs = [(p, w, l, [1] * len(w), [1] * len(l)) for p, w, l in pairs]
-    hook = tiny.register_forward_pre_hook(
-        lambda _, __, given: fed.append(given["input_ids"].numel()), with_kwargs=True
-    )
+    draw = random.Random(0)
+    pairs = []
+    for k in range(49):
+        prompt = [k + 1] * draw.randint(10, 100)
+        w = [2] * draw.randint(5, 80)
+        l = [2] * draw.randint(5, 80)
+        pairs.append((prompt, w, l, [1] * len(w), [1] * len(l)))
     costs = [reward_model.pair_cost(pair) for pair in pairs]
-    with torch.no_grad():
+    with torch.no_grad(), tokens_fed(tiny) as fed:
         for part in common.my_micro_batches(range(len(pairs)), costs, 4):
-            reward_model.score_pairs(tiny, [pairs[i] for i in part], "cpu")
-    hook.remove()
+            mine = [pairs[i] for i in part]
+            reward_model.score_pairs_shared_prompt(tiny, mine, "cpu")
     assert sum(costs) <= sum(fed) <= sum(costs) * 7 / 6, (sum(fed), sum(costs))
 
 
@@ -313,7 +392,7 @@ def test_qa_feedback(tmp_path):
     ] == [("1", "3", 1), ("1", "4", 2), ("3", "4", 1)]
 
 
-# ---------------------------------------------------------------- what the figures are held against
+# ---------------------------------------------------------------- what the figures are compared with
 
 
 def test_surface_reads_spacing_and_capitals_only():
