@@ -1,13 +1,15 @@
-"""People's minimal edits: ParaDetox (Logacheva et al., 2022), rude comments that people rewrote, changing little.
+"""People's minimal edits: ParaDetox (Logacheva et al., 2022), rude comments that people rewrote
+with few changes.
 
     python data/paradetox/prepare.py                     # from its public address
     python data/paradetox/prepare.py --source=FILE       # a copy of paradetox.tsv on disk
 
-    paradetox.tsv (toxic, neutral1, neutral2, neutral3)  -> edits_train.jsonl   a row for every rewrite of a comment
-                                                         -> edits_test.jsonl    other comments, the first rewrite each
+    paradetox.tsv: columns toxic, neutral1, neutral2, neutral3
+        -> edits_train.jsonl   one row per rewrite of a comment
+        -> edits_test.jsonl    other comments, only the first rewrite of each
 
-Columns stay as they are, quotation marks included. A line that holds no comment with a rewrite (a cell that was broken
-over two lines) is left out and counted. The texts are rude.
+Texts are copied unchanged, quotation marks included. A line that has no comment with a rewrite (the
+rest of a cell with a line break) is left out and counted. The texts are rude.
 """
 import random, sys
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ from plumbing.record import begin, finish
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "https://raw.githubusercontent.com/s-nlp/paradetox/main/paradetox/paradetox.tsv"  # or a file
-    instruction: str = "Write a comment for an online discussion."  # every row's: the data has none
+    source: str = ("https://raw.githubusercontent.com/s-nlp/paradetox/main/"
+                   "paradetox/paradetox.tsv")  # or a file
+    instruction: str = "Write a comment for an online discussion."  # of all rows: the data has none
     test: int = 1000                # comments held out
     out: str = "data/paradetox"
     seed: int = 7                   # which comments are held out
@@ -40,38 +43,61 @@ def fetch(source):
                 return answer.read().decode("utf-8")
         return Path(source).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # no network, no such file, not an address, not UTF-8
-        fail(f"--source={source}: {type(error).__name__}: {error}; copy the file here and write --source=FILE")
+        fail(f"--source={source}: {type(error).__name__}: {error}; "
+             "copy the file here and write --source=FILE")
 
 
-def edit(id, instruction, original, edited, input=""):
+def source_files(source):
+    """The input files that the record of the run names: none for an address"""
+    return [] if "://" in source else [source]
+
+
+def human_edit(id, instruction, original, edited, input=""):
     """A row of edits.jsonl whose editor is a person"""
-    return dict(id=id, instruction=instruction, input=input, original=original, edited=edited, editor="human",
-                model=None, stop_reason=None, usage=None)
+    return dict(id=id, instruction=instruction, input=input, original=original, edited=edited,
+                editor="human", model=None, stop_reason=None, usage=None)
 
 
 def main(cfg):
     header, *lines = fetch(cfg.source).removesuffix("\n").split("\n")
     if header.rstrip("\r").split("\t")[:2] != ["toxic", "neutral1"]:
-        fail(f"--source={cfg.source}: the first line must name the columns toxic, neutral1, ..., got {header[:60]!r}")
+        fail(f"--source={cfg.source}: the first line must name the columns toxic, neutral1, ..., "
+             f"got {header[:60]!r}")
+
     comments = {}  # comment -> its rewrites
     for line in lines:
-        toxic, *rewrites = (cell.strip() for cell in line.split("\t"))
-        if toxic and any(rewrites):
-            comments[toxic] = [rewrite for rewrite in rewrites if rewrite]
+        cells = [cell.strip() for cell in line.split("\t")]
+        comment = cells[0]
+        rewrites = [cell for cell in cells[1:] if cell]
+        if comment and rewrites:
+            comments[comment] = rewrites
     if not 0 < cfg.test < len(comments):
-        fail(f"--source={cfg.source} has {len(comments)} comments: --test={cfg.test} must be 1 to one less")
-    if begin(cfg, "prepare", paid=True, inputs=[] if "://" in cfg.source else [cfg.source], beside=("prepare.py", "__pycache__")):
+        fail(f"--source={cfg.source} has {len(comments)} comments: --test={cfg.test} must be at "
+             "least 1 and leave one to train on")
+    inputs = source_files(cfg.source)
+    if begin(cfg, "prepare", paid=True, inputs=inputs, beside=("prepare.py", "__pycache__")):
         return say(f"{cfg.out} is finished; nothing to do")
+
+    # The first comments of a shuffled order are held out.
     order = list(comments)
     random.Random(cfg.seed).shuffle(order)
-    rows = [[edit(f"paradetox-{number}-{k}", cfg.instruction, comment, rewrite)
-             for k, rewrite in enumerate(comments[comment])] for number, comment in enumerate(order, 1)]
-    files = {"edits_test.jsonl": [row[0] for row in rows[:cfg.test]], "edits_train.jsonl": sum(rows[cfg.test:], [])}
-    for name, content in files.items():
-        write_jsonl(Path(cfg.out, name), content)
-        say(f"{cfg.out}/{name}: {len(content)} rows")
-    say(f"{len(lines) - len(comments)} of {len(lines)} lines left out: no comment with a rewrite, or one seen before")
-    finish(cfg, rows={name: len(content) for name, content in files.items()})
+    test = []
+    train = []
+    for number, comment in enumerate(order, 1):
+        rows = [human_edit(f"paradetox-{number}-{k}", cfg.instruction, comment, rewrite)
+                for k, rewrite in enumerate(comments[comment])]
+        if number <= cfg.test:
+            test.append(rows[0])
+        else:
+            train += rows
+
+    files = {"edits_test.jsonl": test, "edits_train.jsonl": train}
+    for name, rows in files.items():
+        write_jsonl(Path(cfg.out, name), rows)
+        say(f"{cfg.out}/{name}: {len(rows)} rows")
+    say(f"{len(lines) - len(comments)} of {len(lines)} lines left out: "
+        "no comment with a rewrite, or one seen before")
+    finish(cfg, rows={name: len(rows) for name, rows in files.items()})
 
 
 if __name__ == "__main__":
