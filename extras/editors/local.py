@@ -1,39 +1,60 @@
-"""edit.py --editor=local: the same requests to any Hugging Face chat model, for data that must not leave the machine"""
+"""edit.py --editor=local: the same requests to any Hugging Face chat model, for private data"""
 import torch
 
 from common import generate, load_model, load_tokenizer, row_uniforms, setup
 from plumbing.claude import Reply
 
 
-def ask_local(requests, stop, *, path, batch, seed, temperature):
-    """requests: key -> arguments as for Claude's messages.create. Yields (key, Reply), short prompts first.
+def chat_ids(request, tokenizer):
+    """The ids of a request's turns. If the last turn is the assistant's, the model continues it."""
+    turns = request["messages"]
+    if "system" in request:
+        turns = [{"role": "system", "content": request["system"]}, *turns]
+    begun = turns[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=not begun,
+                                         continue_final_message=begun, return_dict=False)
 
-    A trailing assistant turn is continued. temperature 0 is greedy; else each row has draws of its own."""
+
+def ask_local(requests, stop, *, path, batch, seed, temperature):
+    """requests: key -> arguments as for Claude's messages.create. Yields (key, Reply), short
+    prompts first, until the event `stop` is set.
+
+    temperature 0 is greedy. Otherwise each row has random numbers of its own, from seed and key."""
     device, _, dtype = setup()
-    tokenizer, model, prompts = load_tokenizer(path), load_model(path, device, None, dtype, frozen=True), {}
-    for key, request in requests.items():
-        turns = request["messages"]
-        if "system" in request:
-            turns = [{"role": "system", "content": request["system"]}, *turns]
-        begun = turns[-1]["role"] == "assistant"
-        prompts[key] = tokenizer.apply_chat_template(turns, add_generation_prompt=not begun,
-                                                     continue_final_message=begun, return_dict=False)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, device, None, dtype, frozen=True)
+    prompts = {key: chat_ids(request, tokenizer) for key, request in requests.items()}
+
+    # A prompt that leaves no room for a reply is an error of its row.
     positions = model.config.max_position_embeddings
-    for key in [key for key in prompts if len(prompts[key]) >= positions]:
-        yield key, Reply(error=f"the prompt's {len(prompts.pop(key))} tokens fill the model's {positions} positions")
+    for key in requests:
+        if len(prompts[key]) >= positions:
+            length = len(prompts.pop(key))
+            yield key, Reply(
+                error=f"the prompt's {length} tokens fill the model's {positions} positions")
+
     order = sorted(prompts, key=lambda key: len(prompts[key]))
     for start in range(0, len(order), batch):
         if stop.is_set():
             return
         keys = order[start:start + batch]
-        P = len(prompts[keys[-1]])
+        P = len(prompts[keys[-1]])  # the longest prompt of the batch
         T = min(max(requests[key]["max_tokens"] for key in keys), positions - P)
-        lengths = torch.tensor([[len(prompts[key])] for key in keys], device=device)
-        ids = torch.tensor([[0] * (P - len(prompts[key])) + prompts[key] for key in keys], device=device)       # [B, P]
-        out, mask = generate(model, ids, torch.arange(P, device=device) >= P - lengths, max_new_tokens=T,
-                             eos_id=tokenizer.eos_token_id, temperature=temperature,
-                             uniforms=torch.stack([row_uniforms(T, seed, key) for key in keys]))                # [B, T]
-        for key, row, length in zip(keys, out.tolist(), mask.sum(1).tolist()):
-            ended = row[length - 1] == tokenizer.eos_token_id
-            yield key, Reply(tokenizer.decode(row[:length - ended]), "end_turn" if ended else "max_tokens",
-                             {"input_tokens": len(prompts[key]), "output_tokens": length})
+
+        # Left-padded prompts, as generate() wants them.
+        padded = [[0] * (P - len(prompts[key])) + prompts[key] for key in keys]
+        lengths = torch.tensor([[len(prompts[key])] for key in keys], device=device)  # [B, 1]
+        prompt_ids = torch.tensor(padded, device=device)                              # [B, P]
+        prompt_mask = torch.arange(P, device=device) >= P - lengths                   # [B, P]
+        uniforms = torch.stack([row_uniforms(T, seed, key) for key in keys])          # [B, T]
+        response_ids, response_mask = generate(                                       # [B, T] each
+            model, prompt_ids, prompt_mask, max_new_tokens=T, eos_id=tokenizer.eos_token_id,
+            temperature=temperature, uniforms=uniforms)
+
+        # The text of a reply does not include EOS, its usage does.
+        for key, ids, length in zip(keys, response_ids.tolist(), response_mask.sum(1).tolist()):
+            ended = ids[length - 1] == tokenizer.eos_token_id
+            text = tokenizer.decode(ids[:length - 1] if ended else ids[:length])
+            stop_reason = "end_turn" if ended else "max_tokens"
+            usage = {"input_tokens": len(prompts[key]), "output_tokens": length}
+            yield key, Reply(text, stop_reason, usage)
