@@ -164,7 +164,9 @@ def read_diffs(path, flag, tokenizer):
 
     names = ("prompt_ids", "edited_ids", "original_ids", "edited_changed", "original_changed")
     rows = read_jsonl(path, dict.fromkeys(names, list))
-    pairs = [tuple(row[name] for name in names) for row in rows]
+    pairs = []
+    for row in rows:
+        pairs.append(tuple(row[name] for name in names))
 
     V = len(tokenizer)
     again = "make the file again: python diff.py"
@@ -362,11 +364,13 @@ def held_out_figures(model, pairs, cfg, device):
         # This rank has no pairs left, but the forward is collective: run a pair with weight 0.
         mine = part or [0]
         weight = 1 if part else 0
-        margin = margins(score(model, [pairs[i] for i in mine], device), level)            # [B]
+        scored = score(model, [pairs[i] for i in mine], device)  # all ranks
+        margin = margins(scored, level)                                                    # [B]
         losses = -F.logsigmoid(margin)
-        figures = [hits(margin).sum(), margin.sum(), losses.sum()]
-        sums += torch.stack(figures).double() * weight
-    accuracy, margin, loss = (total(sums) / len(pairs)).tolist()  # all ranks
+        figures = torch.stack([hits(margin).sum(), margin.sum(), losses.sum()])
+        sums += figures.double() * weight
+    means = total(sums) / len(pairs)  # all ranks
+    accuracy, margin, loss = means.tolist()
     return dict(eval_accuracy=accuracy, eval_margin=margin, eval_loss=loss)
 
 
@@ -465,8 +469,10 @@ def main(cfg):
         speed = tokens / (time.time() - started)
         row = dict(step=step, **means, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_s=speed)
         last = step == steps - 1
-        due = last or (cfg.eval_every and (step + 1) % cfg.eval_every == 0)
-        if held_out and due:
+        evaluate = last
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
+            evaluate = True
+        if held_out and evaluate:
             row |= held_out_figures(model, held_out, cfg, device)  # all ranks
         if step % cfg.log_every == 0 or last or "eval_loss" in row:
             row["seconds"] = time.time() - started

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest, torch
-from transformers import (AutoModelForTokenClassification, Gemma2Config, LlamaConfig, MistralConfig,
-                          Qwen2Config, Qwen3Config)
+from transformers import (AutoModelForTokenClassification, Gemma2Config, LlamaConfig,
+                          MistralConfig, Qwen2Config, Qwen3Config)
 
 import common, reward_model
 from plumbing import files
@@ -392,7 +392,7 @@ def test_qa_feedback(tmp_path):
     ] == [("1", "3", 1), ("1", "4", 2), ("3", "4", 1)]
 
 
-# ---------------------------------------------------------------- what the figures are compared with
+# ---------------------------------------------------------------- the baselines
 
 
 def test_surface_reads_spacing_and_capitals_only():

@@ -128,29 +128,26 @@ def test_a_sequence_model_is_never_padded_with_eos(world, tmp_path):
 
 
 def test_a_models_config_comes_last(world, tmp_path, monkeypatch):
-    """config.json makes a folder valid: whoever is killed before it has left no model"""
-    model, moved, replace = (
-        common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32),
-        [],
-        record.os.replace,
-    )
-    monkeypatch.setattr(
-        record.os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new))
-    )
+    """config.json makes a folder valid: a run that is killed before it leaves no model"""
+    model = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32)
+    replace = record.os.replace
+    moved = []
+
+    def spied_replace(old, new):
+        moved.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(record.os, "replace", spied_replace)
     save_model(model, common.load_tokenizer(f"{world}/sft"), tmp_path, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {w.dtype for w in weights(tmp_path).values()} == {
-        torch.bfloat16
-    } and model.dtype == torch.float32
-    assert (
-        len(moved) >= 4
-        and moved[-1] == "config.json"
-        and {"model.safetensors", "tokenizer.json"} <= set(moved)
-    )
+    assert {w.dtype for w in weights(tmp_path).values()} == {torch.bfloat16}
+    assert model.dtype == torch.float32
+    assert len(moved) >= 4 and moved[-1] == "config.json"
+    assert {"model.safetensors", "tokenizer.json"} <= set(moved)
 
 
 def test_pref_file_marks_the_preferred_answer_as_w(world):
-    for name, edits in (("rm", True), ("rm_sequence", False)):  # the report names the arms by it
+    for name, edits in (("rm", True), ("rm_sequence", False)):  # the report labels runs by it
         assert json.loads((world / name / "run.json").read_text())["edits"] is edits
     tokenizer = common.load_tokenizer(world / "sft")
     pairs, _ = reward_model.read_pairs(str(world / "data/pref.jsonl"), "data", tokenizer, 512)
@@ -158,9 +155,9 @@ def test_pref_file_marks_the_preferred_answer_as_w(world):
         assert common.decode_response(tokenizer, pair[1]) == row[f"output_{row['preference']}"]
 
 
-def test_steps_stand_instead_of_epochs(world, tmp_path):
-    """--steps: the same number for arms with more and fewer pairs, beyond an epoch of the data, its
-    last batch whole"""
+def test_steps_replace_epochs(world, tmp_path):
+    """--steps: the same number for any number of pairs. It may go beyond one epoch, and the last
+    batch is full."""
     run(
         "reward_model.py",
         f"--model={world}/sft",
@@ -267,7 +264,7 @@ def test_ppo_raises_a_planted_reward(world, tmp_path):
     assert sum(said[-3:]) > 2 * sum(said[:3]) + 0.1, said
 
 
-def test_a_policy_that_says_nan_is_one_line(world, ppo_flags, tmp_path):
+def test_a_policy_with_nan_logits_ends_in_one_line(world, ppo_flags, tmp_path):
     home, tokenizer = tmp_path / "nan", common.load_tokenizer(world / "sft")
     model = common.load_model(f"{world}/sft", torch.device("cpu"), None, torch.float32)
     model.get_output_embeddings().weight.data.fill_(float("nan"))
@@ -443,19 +440,19 @@ def test_kill_and_run_again_equals_an_undisturbed_run(world, tmp_path, stage):
             "--head_lr_factor=0.5",
         ],
     }[stage]
-    run(*words, f"--out={tmp_path}/whole")
+    run(*words, f"--out={tmp_path}/undisturbed")
     for steps in (1, 3, 5):
         process = start(*words, f"--out={tmp_path}/killed")
         kill_when(process, lambda: lines(tmp_path / "killed/metrics.jsonl") >= steps)
         assert not (tmp_path / "killed/config.json").exists(), (
-            "a model stands under its final name before it is whole"
+            "a model has its final name before it is complete"
         )
     run(*words, f"--out={tmp_path}/killed")
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert whole.keys() == killed.keys() and all(
-        torch.equal(whole[name], killed[name]) for name in whole
-    )
-    same_metrics(tmp_path / "whole", tmp_path / "killed", 0.0)
+    undisturbed = weights(tmp_path / "undisturbed")
+    killed = weights(tmp_path / "killed")
+    assert undisturbed.keys() == killed.keys()
+    assert all(torch.equal(undisturbed[name], killed[name]) for name in killed)
+    same_metrics(tmp_path / "undisturbed", tmp_path / "killed", 0.0)
     again = run(*words, f"--out={tmp_path}/killed")
     assert "is finished" in again.stdout
 
@@ -516,7 +513,7 @@ def test_reward_model_micro_batches_change_nothing(world, tmp_path):
     same_metrics(world / "rm", tmp_path / "rm", 1e-4)
 
 
-def test_ppo_goes_on_to_more_steps(world, ppo_flags, tmp_path):
+def test_ppo_continues_to_more_steps(world, ppo_flags, tmp_path):
     run("ppo.py", *ppo_flags, f"--out={tmp_path}/a", "--steps=3")
     run("ppo.py", *ppo_flags, f"--out={tmp_path}/b", "--steps=1")
     assert "1 of them done" in run("ppo.py", *ppo_flags, f"--out={tmp_path}/b", "--steps=3").stdout
