@@ -18,16 +18,10 @@ rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_
          that people changed
 report   Tables 1, 2 and 3 of the paper next to ours, and a page of figures, from run folders alone
 
-decode, rewards and judge --judge=reward_model run a model: they work under torchrun, too, with the
+decode, rewards and judge --judge=reward_model run a model. They also work under torchrun, with the
 same result on any number of ranks. `python evaluate.py WORD --help` lists a word's fields.
 """
-import json
-import math
-import random
-import re
-import shutil
-import statistics
-import sys
+import json, math, random, re, shutil, statistics, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +29,9 @@ from typing import Literal
 
 import torch
 
-from common import (my_micro_batches, decode_response, encode_prompt, encode_response, generate, load_model,
-                    load_tokenizer, mean_and_error, pack, reward_level, row_uniforms, setup,
-                    token_heads, total_rewards, unsharded)
+from common import (decode_response, encode_prompt, encode_response, generate, load_model,
+                    load_tokenizer, mean_and_error, my_micro_batches, pack, reward_level,
+                    row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
 from plumbing.files import (check_fits, check_input, check_model, check_numbers, read_jsonl,
@@ -49,50 +43,64 @@ from plumbing.record import begin, finish, logged, progress, record_of
 # ---------------------------------------------------------------- statistics
 
 def points(preference):
-    """1 (the reference won) .. 2 (ours won) -> 0 .. 100; 0 is a draw, like 1.5"""
-    return 50.0 if preference == 0 else 100 * (preference - 1)
+    """A preference from 1 (the reference won) to 2 (ours won) -> 0 to 100; 0 is a draw, like 1.5"""
+    if preference == 0:
+        return 50.0
+    return 100 * (preference - 1)
 
 
 def win_rate(preferences):
-    """preferences: in [1, 2], above 1.5 ours won; 1.5 or 0 is a draw; None is not counted.
-    -> win rate in percent, its standard error over pairs, counts"""
-    p = [points(x) for x in preferences if x is not None]
-    if not all(0 <= x <= 100 for x in p):
+    """The win rate in percent, its standard error over pairs, and counts (dict).
+
+    A preference is in [1, 2]; above 1.5, ours won. 1.5 or 0 is a draw. None is not counted."""
+    scores = [points(x) for x in preferences if x is not None]
+    if not all(0 <= x <= 100 for x in scores):
         raise ValueError("a preference is 1, 2, between them, 0 or None")
-    rate, error = mean_and_error(p)
-    return dict(win_rate=rate, standard_error=error, n_wins=sum(x > 50 for x in p),
-                n_wins_base=sum(x < 50 for x in p), n_draws=sum(x == 50 for x in p), n_total=len(p))
+    rate, error = mean_and_error(scores)
+    wins = sum(x > 50 for x in scores)
+    losses = sum(x < 50 for x in scores)
+    n = len(scores)
+    return dict(win_rate=rate, standard_error=error, n_wins=wins, n_wins_base=losses,
+                n_draws=n - wins - losses, n_total=n)
 
 
 def paired(a, b, *, resamples=10_000, seed=0):
-    """Win rate of a minus that of b on the same questions, in points. The bootstrap draws questions.
+    """Win rate of a minus that of b on the same questions, in points (dict). A bootstrap that draws
+    questions gives low and high, the 95% interval, and p_value (two-sided).
 
-    a, b: preferences as in win_rate; a question that is None in either is left out. low, high: the
-    95% interval. p_value: two-sided."""
-    d = [points(x) - points(y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    difference, error = mean_and_error(d)
+    a, b: preferences as in win_rate. A question that is None in either is left out."""
+    differences = []
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            differences.append(points(x) - points(y))
+    n = len(differences)
+    difference, error = mean_and_error(differences)
     figures = dict(difference=difference, standard_error=error, low=None, high=None, p_value=None,
-                   n_total=len(d))
-    if len(d) < 2:
+                   n_total=n)
+    if n < 2:
         return figures
 
-    d = torch.tensor(d, dtype=torch.float64)
+    # Draw n questions with replacement, many times; 500 times at once, to save memory.
+    differences = torch.tensor(differences, dtype=torch.float64)
     draw = torch.Generator().manual_seed(seed)
     means = []
-    for start in range(0, resamples, 500):  # 500 at a time, for memory
-        rows = torch.randint(len(d), (min(500, resamples - start), len(d)), generator=draw)
-        means.append(d[rows].mean(1))
-    means = torch.cat(means)
+    for start in range(0, resamples, 500):
+        size = min(500, resamples - start)
+        questions = torch.randint(n, (size, n), generator=draw)                        # [size, n]
+        means.append(differences[questions].mean(1))
+    means = torch.cat(means)                                                       # [resamples]
 
     interval = torch.tensor([0.025, 0.975], dtype=torch.float64)
     figures["low"], figures["high"] = means.quantile(interval).tolist()
-    tail = min((means <= 0).sum().item(), (means >= 0).sum().item())
-    figures["p_value"] = min(1.0, 2 * max(1, tail) / resamples)
+    below = (means <= 0).sum().item()
+    above = (means >= 0).sum().item()
+    tail = max(1, min(below, above))  # no number of resamples proves that p is 0
+    figures["p_value"] = min(1.0, 2 * tail / resamples)
     return figures
 
 
 def tell(figures, indent=""):
-    """Print figures, every digit of them, one per line; a list of groups has one group per line"""
+    """Print figures with all digits, one per line; a list of groups has one line per group"""
     for name, value in figures.items():
         if isinstance(value, dict):
             say(f"{indent}{name}")
@@ -102,7 +110,8 @@ def tell(figures, indent=""):
                 parts = [f"{key} {rounded(x)}" for key, x in group.items()]
                 say(f"{indent}{name:<18}{'  '.join(parts)}")
         else:
-            say(f"{indent}{name:<18}{'-' if value is None else value}")
+            shown = "-" if value is None else value
+            say(f"{indent}{name:<18}{shown}")
 
 
 def rounded(x):
@@ -131,10 +140,11 @@ def check_decode(cfg):
     """What can be wrong before the model is loaded -> rows, tokenizer, prompts (lists of ids)"""
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    sampling = cfg.temperature >= 0 and 0 < cfg.top_p <= 1
-    if not sampling or cfg.batch < 1 or cfg.response_len < 1:
-        fail("--temperature must be at least 0, --top_p in (0, 1], --batch and --response_len at "
-             "least 1")
+    check_numbers(cfg, "batch", "response_len")
+    if not cfg.temperature >= 0:
+        fail(f"--temperature must be at least 0, got {cfg.temperature}")
+    if not 0 < cfg.top_p <= 1:
+        fail(f"--top_p must be above 0 and at most 1, got {cfg.top_p}")
     if Path(cfg.out).suffix != ".jsonl":
         fail(f"--out must be a .jsonl file, got {cfg.out}")
     rows = read_jsonl(cfg.data, {"instruction": str})
@@ -152,16 +162,17 @@ def decode(cfg):
         return say(f"{cfg.out} is finished; nothing to do")
     device, mesh, dtype = setup(cfg.dtype)
 
-    # Fixed groups whatever the ranks, each with a file of its own. The longest prompts come first,
-    # so an out-of-memory error comes at once.
+    # The groups do not depend on the number of ranks. Each is written to a file of its own. The
+    # longest prompts come first, so an out-of-memory error comes at once.
     order = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))
-    groups = [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
-    parts = [Path(f"{cfg.out}.parts", f"{number}.jsonl") for number in range(len(groups))]
+    groups = [order[start:start + cfg.batch] for start in range(0, len(order), cfg.batch)]
+    folder = Path(f"{cfg.out}.parts")
+    parts = [folder / f"{number}.jsonl" for number in range(len(groups))]
     if is_new and RANK == 0:
-        shutil.rmtree(parts[0].parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     barrier()
 
-    # Groups that an interrupted run has finished are kept.
+    # Every WORLD-th group is this rank's; those that an interrupted run has finished are kept.
     my_groups = list(zip(groups, parts))[RANK::WORLD]
     todo = [(group, part) for group, part in my_groups if not part.exists()]
     model = load_model(cfg.model, device, mesh, dtype, frozen=True)
@@ -171,29 +182,25 @@ def decode(cfg):
     barrier()
 
     if RANK == 0:
-        answers = {row.pop("row"): row for part in parts for row in logged(part)}
-        name = cfg.generator or Path(cfg.model).resolve().name
-        outputs = []
-        for i, row in enumerate(rows):
-            row = {field: value for field, value in row.items() if field != "cut"}
-            row |= {"input": row.get("input") or "", "generator": name}
-            outputs.append(row | answers[i])
+        outputs, cut = gather(cfg, rows, parts)
         write_jsonl(cfg.out, outputs)
         finish(cfg)
-        shutil.rmtree(parts[0].parent)
-        cut = sum("cut" in row for row in answers.values())
+        shutil.rmtree(folder)
         say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
 
 
 def answer(cfg, model, tokenizer, prompts, group, device):
     """Decode one group of rows -> list of {row, output, cut?}"""
-    prompt_ids, prompt_mask, _ = pack([prompts[i] for i in group], [[]] * len(group), device)
+    group_prompts = [prompts[i] for i in group]
+    no_responses = [[] for _ in group]
+    prompt_ids, prompt_mask, _ = pack(group_prompts, no_responses, device)             # [B, P]
     uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
-    ids, mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                         eos_id=tokenizer.eos_token_id, temperature=cfg.temperature,
-                         top_p=cfg.top_p, uniforms=uniforms)                        # [B, T]
+    ids, response_mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
+                                  eos_id=tokenizer.eos_token_id, temperature=cfg.temperature,
+                                  top_p=cfg.top_p, uniforms=uniforms)                  # [B, T]
+    lengths = response_mask.sum(1).tolist()
     answers = []
-    for i, row_ids, length in zip(group, ids.tolist(), mask.sum(1).tolist()):
+    for i, row_ids, length in zip(group, ids.tolist(), lengths):
         response = row_ids[:length]
         row = dict(row=i, output=decode_response(tokenizer, response))
         if response[-1] != tokenizer.eos_token_id:
@@ -202,9 +209,27 @@ def answer(cfg, model, tokenizer, prompts, group, device):
     return answers
 
 
+def gather(cfg, rows, parts):
+    """The answers in all parts -> the rows of model_outputs, in the data's order, and how many
+    answers were cut"""
+    answers = {}  # number of the row -> its output, and `cut` if it was cut
+    for part in parts:
+        for row in logged(part):
+            answers[row.pop("row")] = row
+
+    generator = cfg.generator or Path(cfg.model).resolve().name
+    outputs = []
+    for i, row in enumerate(rows):
+        output = {field: value for field, value in row.items() if field != "cut"}
+        output["input"] = row.get("input") or ""
+        output["generator"] = generator
+        outputs.append(output | answers[i])
+    return outputs, sum("cut" in row for row in answers.values())
+
+
 # ---------------------------------------------------------------- judge
 
-# AlpacaFarm's pairwise prompt, in short. A row without input loses that block;
+# AlpacaFarm's pairwise prompt, shortened. A row without input has no block "## Input", and
 # --prompt=length_neutral adds NEUTRAL.
 JUDGE_PROMPT = """Select the output (a) or (b) that best matches the given instruction. Choose \
 your preferred output, which can be subjective.{neutral} Your answer should ONLY contain: \
@@ -248,7 +273,8 @@ class JudgeConfig:
 
 
 def matched(path_1, path_2, key, kinds):
-    """The rows of two files about the same question, side by side; duplicates are matched in order"""
+    """The rows of two files about the same question, as pairs; duplicates are matched in order.
+    key: the fields that make a question; kinds: fields that must be there, for read_jsonl"""
     rows_1 = by_question(path_1, key, kinds)
     rows_2 = by_question(path_2, key, kinds)
     fail_if_missing(rows_1, rows_2, path_1, path_2, key)
@@ -263,14 +289,18 @@ def by_question(path, key, kinds):
     """question (a tuple of the fields in key) -> its rows"""
     found = defaultdict(list)
     for row in read_jsonl(path, {"instruction": str} | kinds):
-        found[tuple(str(row.get(name) or "") for name in key)].append(row)
+        question = tuple(str(row.get(name) or "") for name in key)
+        found[question].append(row)
     return found
 
 
 def fail_if_missing(rows, others, path, other_path, key):
     """fail() unless every row of `path` has a partner in `other_path`"""
-    missing = Counter({question: len(rows[question]) for question in rows})
-    missing -= Counter({question: len(others[question]) for question in list(others)})
+    missing = Counter()  # question -> rows without a partner
+    for question in rows:
+        lacking = len(rows[question]) - len(others.get(question, []))
+        if lacking > 0:
+            missing[question] = lacking
     if missing:
         first = next(iter(missing))[0]
         fail(f"{other_path} lacks {missing.total()} of the rows of {path}, the first about "
@@ -278,8 +308,8 @@ def fail_if_missing(rows, others, path, other_path, key):
 
 
 def orders_of(cfg, pair, i):
-    """Which outputs of the i-th pair are shown first, one per request: [1, 2], or a random one.
-    Equal outputs are a draw, and nobody is asked: []"""
+    """Which output of the i-th pair is shown first in each request (1 theirs, 2 ours): [1, 2], or a
+    random one. [] for equal outputs: they are a draw, and nobody is asked."""
     theirs, ours = pair
     if theirs["output"] == ours["output"]:
         return []
@@ -291,16 +321,19 @@ def orders_of(cfg, pair, i):
 def build_request(cfg, pair, first):
     """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
     row = pair[0]
-    shown = dict(instruction=row["instruction"], input=row.get("input") or "",
-                 first=pair[first - 1]["output"], second=pair[2 - first]["output"], neutral="")
+    shown = dict(instruction=row["instruction"], input=row.get("input") or "", neutral="")
+    shown["first"] = pair[first - 1]["output"]
+    shown["second"] = pair[2 - first]["output"]
     if cfg.prompt == "length_neutral":
         shown["neutral"] = NEUTRAL
     template = JUDGE_PROMPT
     if not shown["input"]:
         template = template.replace("## Input:\n{input}\n\n", "")
-    text = whole_characters(re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template))
-    return dict(model=cfg.model, max_tokens=cfg.max_tokens,
-                messages=[{"role": "user", "content": text}])
+
+    # All at once, so that braces in an answer stay as they are.
+    text = re.sub(r"\{(\w+)\}", lambda name: shown[name[1]], template)
+    message = {"role": "user", "content": whole_characters(text)}
+    return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[message])
 
 
 def ask_once(client, request):
@@ -320,19 +353,22 @@ def parse_verdict(reply):
 
 
 def preference(verdicts, shown_first):
-    """A pair's verdicts, and which output stood first in each -> 1, 2, or between them; None if a
-    verdict cannot be read"""
+    """A pair's verdicts, and which output was shown first in each -> 1, 2, or between them; None if
+    a verdict cannot be read"""
     parsed = [parse_verdict(reply) for reply in verdicts]
     if None in parsed:
         return None
     if not parsed:
         return 1.5
-    mean = statistics.fmean(p if first == 1 else 3 - p for p, first in zip(parsed, shown_first))
+    preferences = []
+    for verdict, first in zip(parsed, shown_first):
+        preferences.append(verdict if first == 1 else 3 - verdict)
+    mean = statistics.fmean(preferences)
     return int(mean) if mean in (1, 2) else mean
 
 
 def verdict_of(scores, first):
-    """The verdict of a judge that scores each answer separately, in a pair shown in this order"""
+    """The verdict of a judge that scores each answer separately, in words of Claude's prompt"""
     shown_first = scores[first - 1]
     shown_second = scores[2 - first]
     if shown_first == shown_second:
@@ -359,7 +395,12 @@ def judge(cfg):
     cases = [(i, first) for i, firsts in enumerate(orders) for first in firsts]
     if cfg.dry_run:
         return dry_run(cfg, pairs, cases)
-    if cfg.judge == "reward_model":
+
+    # Rows that the judge cannot read end the run here, before anything is written.
+    scores = None  # of each pair: theirs, ours
+    if cfg.judge == "gold":
+        scores = gold_scores(pairs)
+    elif cfg.judge == "reward_model":
         level, prompts, answers = encode_pairs(cfg, pairs)
 
     unimportant = ("concurrency", "batch_api", "dry_run", "micro_batch")
@@ -368,31 +409,24 @@ def judge(cfg):
     if finished and not any(row["preference"] is None for row in logged(cfg.out)):
         return say(f"{cfg.out} is finished; nothing to do")
 
-    # ---- replies[case]: "Output (a)", ..., whichever judge is used
-    scores = None
+    # replies[i, first]: "Output (a)", "Output (b)" or "Draw". Claude may also reply something else,
+    # or not at all (None).
     errors = {}
     if cfg.judge == "claude":
         requests = {(i, first): build_request(cfg, pairs[i], first) for i, first in cases}
         replies, errors = ask_judge(cfg, requests)
-        annotator = cfg.model
     else:
-        if cfg.judge == "gold":
-            from data.toy.prepare import gold
-            scores = [[-gold(theirs, row["output"]) for row in (theirs, ours)]
-                      for theirs, ours in pairs]
-            annotator = "gold"
-        else:
-            R, _ = score_responses(cfg.reward_model, level, prompts, answers, cfg.micro_batch, "auto")
-            scores = [R[i:i + 2] for i in range(0, len(R), 2)]
-            annotator = cfg.reward_model
+        if cfg.judge == "reward_model":
+            R, _ = score_responses(cfg.reward_model, level, prompts, answers, cfg.micro_batch,
+                                   "auto")  # all ranks
+            scores = [R[k:k + 2] for k in range(0, len(R), 2)]
         replies = {(i, first): verdict_of(scores[i], first) for i, first in cases}
 
-    # ---- one row per pair
     if RANK == 0:
         rows = []
         for i, (pair, firsts) in enumerate(zip(pairs, orders)):
-            row = annotation(cfg, pair, annotator, [replies.get((i, first)) for first in firsts],
-                             firsts)
+            verdicts = [replies.get((i, first)) for first in firsts]
+            row = annotation(cfg, pair, verdicts, firsts)
             if scores:
                 row["scores"] = scores[i]
             reasons = [errors[i, first] for first in firsts if (i, first) in errors]
@@ -407,6 +441,16 @@ def judge(cfg):
     finish(cfg)
 
 
+def gold_scores(pairs):
+    """The toy world's judge: minus the number of flaws of both answers of each pair. Ends the run
+    if a question is not of the toy world."""
+    from data.toy.prepare import gold
+    scores = []
+    for theirs, ours in pairs:
+        scores.append([-gold(theirs, theirs["output"]), -gold(theirs, ours["output"])])
+    return scores
+
+
 def dry_run(cfg, pairs, cases):
     """The cost of Claude's verdicts, before anything is asked"""
     if cfg.judge != "claude":
@@ -417,26 +461,31 @@ def dry_run(cfg, pairs, cases):
     claude.show_price(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api)
 
 
-def annotation(cfg, pair, annotator, verdicts, firsts):
-    """A row of annotations.jsonl"""
+def annotation(cfg, pair, verdicts, firsts):
+    """A row of annotations.jsonl. Other fields of the reference's row are kept."""
     theirs, ours = pair
-    row = {field: value for field, value in theirs.items()
-           if field not in ("output", "generator", "cut")}
-    return row | dict(
-        input=theirs.get("input") or "",
-        output_1=theirs["output"], generator_1=theirs.get("generator") or Path(cfg.reference).stem,
-        output_2=ours["output"], generator_2=ours.get("generator") or Path(cfg.outputs).stem,
-        annotator=annotator, preference=preference(verdicts, firsts), verdicts=verdicts,
-        shown_first=firsts)
+    left_out = ("output", "generator", "cut")
+    row = {field: value for field, value in theirs.items() if field not in left_out}
+    row["input"] = theirs.get("input") or ""
+    row["output_1"] = theirs["output"]
+    row["generator_1"] = theirs.get("generator") or Path(cfg.reference).stem
+    row["output_2"] = ours["output"]
+    row["generator_2"] = ours.get("generator") or Path(cfg.outputs).stem
+    annotators = {"claude": cfg.model, "gold": "gold", "reward_model": cfg.reward_model}
+    row["annotator"] = annotators[cfg.judge]
+    row["preference"] = preference(verdicts, firsts)
+    row["verdicts"] = verdicts
+    row["shown_first"] = firsts
+    return row
 
 
 def ask_judge(cfg, requests):
-    """requests: (pair, output shown first) -> arguments of messages.create. -> replies and errors
-    by the same keys.
+    """Ask Claude. requests: (pair, output shown first) -> arguments of messages.create. -> replies
+    and errors by the same keys.
 
-    Each reply is written to <out>.replies at once, so a run that was killed asks only for what is
-    missing. A verdict that cannot be read is asked for up to three times, and again by the next
-    run."""
+    Each reply is written to <out>.replies at once, so after a kill the same command asks only for
+    what is missing. A verdict that cannot be read is asked for up to three times, and again by the
+    next run."""
     log = Path(f"{cfg.out}.replies")
     ledger = Path(f"{cfg.out}.batches")
     if cfg.overwrite:
@@ -446,18 +495,14 @@ def ask_judge(cfg, requests):
         fail(f"{cfg.out}: some pairs are already submitted (and paid for) as a batch; continue "
              f"with --batch_api=true (or remove {ledger})")
 
-    # What an earlier run was told, without a line that a kill has torn.
-    kept = logged(log)
-    if not kept:
-        for i, row in enumerate(logged(cfg.out)):
-            for first, reply in zip(row["shown_first"], row["verdicts"]):
-                kept.append(dict(case=[i, first], reply=reply))
-    write_jsonl(log, kept)
-    replies = {tuple(row["case"]): row["reply"] for row in kept}
+    earlier = earlier_replies(cfg, log)
+    write_jsonl(log, earlier)
+    replies = {tuple(row["case"]): row["reply"] for row in earlier}
     errors = {}
     usage = Counter(input_tokens=0, output_tokens=0)
     cases = {f"{i}-{first}": (i, first) for i, first in requests}  # keys as the API takes them
 
+    # The three steps of claude.ask_until_read.
     def build(key, attempt):
         return requests[cases[key]]
 
@@ -476,8 +521,9 @@ def ask_judge(cfg, requests):
             errors.pop(case, None)
             return False, ""
         errors[case] = reply.error or f"no verdict ({reply.stop_reason})"
-        final = reply.stop_reason == "refusal" or (reply.error and not reply.again)
-        return not final, ""
+        refused = reply.stop_reason == "refusal"
+        hopeless = reply.error and not reply.again
+        return not (refused or hopeless), ""
 
     todo = [key for key, case in cases.items() if parse_verdict(replies.get(case)) is None]
     with claude.stopping() as stop, open(log, "a", encoding="utf-8") as file:
@@ -492,8 +538,21 @@ def ask_judge(cfg, requests):
     return replies, errors
 
 
+def earlier_replies(cfg, log):
+    """What an interrupted run has logged, else what a finished one has written, whose unreadable
+    verdicts are asked for again -> list of {case, reply}"""
+    found = logged(log)
+    if found:
+        return found
+    for i, row in enumerate(logged(cfg.out)):
+        for first, reply in zip(row["shown_first"], row["verdicts"]):
+            found.append(dict(case=[i, first], reply=reply))
+    return found
+
+
 def encode_pairs(cfg, pairs):
-    """--judge=reward_model -> its level; prompts and answers as lists of ids, two per pair"""
+    """--judge=reward_model -> its level; prompts and answers as lists of ids: theirs and ours of
+    the first pair, theirs and ours of the second, ..."""
     if not cfg.reward_model:
         fail("--judge=reward_model needs --reward_model=FOLDER")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
@@ -501,11 +560,12 @@ def encode_pairs(cfg, pairs):
     tokenizer = load_tokenizer(cfg.reward_model)
     prompts = []
     answers = []
-    for row in [row for pair in pairs for row in pair]:
-        prompts.append(encode_prompt(tokenizer, row))
-        complete = "output" not in (row.get("cut") or [])
-        ids = encode_response(tokenizer, row["output"], eos=complete)
-        answers.append(ids or [tokenizer.eos_token_id])
+    for pair in pairs:
+        for row in pair:
+            complete = "output" not in (row.get("cut") or [])
+            ids = encode_response(tokenizer, row["output"], eos=complete)
+            prompts.append(encode_prompt(tokenizer, row))
+            answers.append(ids or [tokenizer.eos_token_id])
     longest = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, answers))
     check_fits(cfg.reward_model, "reward_model", longest)
     return level, prompts, answers
@@ -533,24 +593,26 @@ def read_annotations(path):
 
 
 def summary(rows):
-    """The figures that `winrate` gives of one file"""
-    verdicts = [[parse_verdict(reply) for reply in row.get("verdicts") or []] for row in rows]
-    flips = []   # of pairs seen in both orders: did the place win, and not the answer?
-    firsts = []  # of verdicts: is it for the answer shown as (a)?
-    for pair in verdicts:
-        if len(pair) == 2 and set(pair) <= {1, 2}:
-            flips.append(100 * (pair[0] == pair[1]))
-        firsts += [100 * (verdict == 1) for verdict in pair if verdict in (1, 2)]
+    """The figures that `winrate` prints for one file"""
+    flips = []   # of pairs judged in both orders: 100 where the place won, not the answer
+    firsts = []  # of verdicts that are no draw: 100 where (a), the answer shown first, won
+    for row in rows:
+        verdicts = [parse_verdict(reply) for reply in row.get("verdicts") or []]
+        if len(verdicts) == 2 and set(verdicts) <= {1, 2}:
+            flips.append(100 if verdicts[0] == verdicts[1] else 0)
+        for verdict in verdicts:
+            if verdict in (1, 2):
+                firsts.append(100 if verdict == 1 else 0)
 
     scored = [row for row in rows if row["preference"] is not None]
     figures = win_rate(row["preference"] for row in rows)
-    return figures | dict(
-        n_unparsed=len(rows) - len(scored),
-        order_flips=mean_and_error(flips)[0],       # percent
-        first_position=mean_and_error(firsts)[0],   # percent; 50 is fair
-        length_1=statistics.fmean(len(row["output_1"]) for row in rows),  # characters, reference
-        length_2=statistics.fmean(len(row["output_2"]) for row in rows),  # ours
-        by_length=by_length(scored))
+    figures["n_unparsed"] = len(rows) - len(scored)
+    figures["order_flips"] = mean_and_error(flips)[0]      # percent
+    figures["first_position"] = mean_and_error(firsts)[0]  # percent; 50 is fair
+    figures["length_1"] = statistics.fmean(len(row["output_1"]) for row in rows)  # characters
+    figures["length_2"] = statistics.fmean(len(row["output_2"]) for row in rows)
+    figures["by_length"] = by_length(scored)
+    return figures
 
 
 def longer_by(row):
@@ -559,14 +621,14 @@ def longer_by(row):
 
 
 def by_length(rows):
-    """The win rate in three thirds of the pairs, by how much longer ours is"""
+    """The win rate in each third of the pairs, sorted by how much longer ours is"""
     rows = sorted(rows, key=longer_by)
-    thirds = [rows[len(rows) * k // 3:len(rows) * (k + 1) // 3] for k in range(3)]
     found = []
-    for third in filter(None, thirds):
-        difference = f"{longer_by(third[0])} to {longer_by(third[-1])}"
-        found.append(dict(ours_longer_by=difference)
-                     | win_rate(row["preference"] for row in third))
+    for k in range(3):
+        third = rows[len(rows) * k // 3:len(rows) * (k + 1) // 3]
+        if third:
+            group = {"ours_longer_by": f"{longer_by(third[0])} to {longer_by(third[-1])}"}
+            found.append(group | win_rate(row["preference"] for row in third))
     return found
 
 
@@ -583,8 +645,8 @@ def winrate(cfg):
         pairs = matched(*cfg.data, key, {"output_1": str})
         first = [one["preference"] for one, _ in pairs]
         second = [two["preference"] for _, two in pairs]
-        figures["first minus second, paired"] = paired(first, second, resamples=cfg.resamples,
-                                                       seed=cfg.seed)
+        difference = paired(first, second, resamples=cfg.resamples, seed=cfg.seed)
+        figures["first minus second, paired"] = difference
     if cfg.json:
         shown = figures if len(cfg.data) == 2 else figures[cfg.data[0]]
         say(json.dumps(shown, indent=1))
@@ -600,27 +662,37 @@ class BestConfig:
 
 
 def best(cfg):
-    """Print "run model" for each run: the model that wins most often on the questions it is to be
-    chosen on (val_annotations.jsonl, never eval's); of equals the earliest. Win rates go to stderr."""
+    """Print "run model" for each run: its model with the highest win rate, of equals the earliest.
+    The questions are those of val_annotations.jsonl, never eval's. Win rates go to stderr."""
     if not cfg.data:
         fail("best needs run folders: python evaluate.py best out/ppo")
     for run in map(Path, cfg.data):
         check_input(run, "data", "python ppo.py")
-        kept = [folder for folder in run.glob("step_*") if folder.name[5:].isdigit()]
-        models = sorted(kept, key=lambda folder: int(folder.name[5:])) + [run]
         rates = {}
-        for model in models:
+        for model in kept_models(run):
             file = model / "val_annotations.jsonl"
-            if file.exists():
-                figures = win_rate(row["preference"] for row in read_annotations(file))
-                if figures["n_total"]:
-                    rates[model] = figures["win_rate"]
-                    error = figures["standard_error"] or 0
-                    print(f"{model}: {rates[model]:.1f} ± {error:.1f}", file=sys.stderr)
+            if not file.exists():
+                continue
+            figures = win_rate(row["preference"] for row in read_annotations(file))
+            if figures["n_total"] == 0:
+                continue
+            rates[model] = figures["win_rate"]
+            error = figures["standard_error"] or 0
+            print(f"{model}: {rates[model]:.1f} ± {error:.1f}", file=sys.stderr)
         if not rates:
             fail(f"{run} holds no val_annotations.jsonl with a verdict in it; make one with: "
                  "python evaluate.py judge")
         print(run.name, max(rates, key=rates.get))
+
+
+def kept_models(run):
+    """The folders of a run's models, the earliest first: step_5, step_10, ..., then the run"""
+    numbered = []
+    for folder in run.glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdigit():
+            numbered.append((int(number), folder))
+    return [folder for _, folder in sorted(numbered)] + [run]
 
 
 # ---------------------------------------------------------------- rewards
@@ -641,23 +713,19 @@ class RewardsConfig:
 
 
 def read_held_out(path, tokenizer, max_tokens):
-    """A file of preferences or edits -> data, kind, pairs (row, prompt, better answer, worse
-    answer), what was dropped"""
+    """A file of preferences or edits -> dict: data (its path), kind, pairs (row, prompt, better
+    answer, worse answer; ids), dropped (reason -> count)"""
     kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
+    fields = {"instruction": str}
     if kind == "edits":
-        fields = {"original": str, "edited": (str, type(None))}
+        fields |= {"original": str, "edited": (str, type(None))}
     else:
-        fields = {"output_1": str, "output_2": str, "preference": (1, 2)}
+        fields |= {"output_1": str, "output_2": str, "preference": (1, 2)}
 
     pairs = []
     dropped = Counter()
-    for row in read_jsonl(path, {"instruction": str} | fields):
-        if kind == "edits":
-            w, l = "edited", "original"
-        elif row["preference"] == 1:
-            w, l = "output_1", "output_2"
-        else:
-            w, l = "output_2", "output_1"
+    for row in read_jsonl(path, fields):
+        w, l = better_and_worse(row, kind)
         if row[w] is None:
             dropped["failed edit"] += 1
             continue
@@ -678,52 +746,71 @@ def read_held_out(path, tokenizer, max_tokens):
     return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
 
 
+def better_and_worse(row, kind):
+    """The names of the fields that hold a pair's better and worse answer"""
+    if kind == "edits":
+        return "edited", "original"
+    if row["preference"] == 1:
+        return "output_1", "output_2"
+    return "output_2", "output_1"
+
+
 @torch.no_grad()
 def score_responses(path, level, prompts, responses, micro_batch, dtype):
-    """A reward model's R of each response, and its r_t (lists). A sequence model has no token
-    rewards; in their place are the differences between consecutive prefix scores. All ranks."""
+    """A reward model's R of each response (list of float), and its r_t (list of lists). A sequence
+    model has no token rewards: its r_t are the differences between consecutive prefix scores. All
+    ranks."""
     device, mesh, dtype = setup(dtype)
     model = load_model(path, device, mesh, dtype, head="saved", frozen=True)
     n = len(responses)
+    T = max(map(len, responses))
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, responses)]
-    R = torch.zeros(n, device=device)
-    r = torch.zeros(n, max(map(len, responses)), device=device)
+    R = torch.zeros(n, device=device)                                                  # [n]
+    r = torch.zeros(n, T, device=device)                                               # [n, T]
     for part in my_micro_batches(range(n), lengths, micro_batch):
-        rows = part or [0]  # nothing left for this rank: a dummy row, the forward is collective
-        packed = pack([prompts[i] for i in rows], [responses[i] for i in rows], device)
-        heads = token_heads(model, *packed)                                         # [B, T]
-        part_R = total_rewards(heads, packed[2], level)                             # [B]
+        my_rows = part or [0]  # this rank has no rows left, but the forward is collective
+        my_prompts = [prompts[row] for row in my_rows]
+        my_responses = [responses[row] for row in my_rows]
+        ids, mask, response_mask = pack(my_prompts, my_responses, device)
+        heads = token_heads(model, ids, mask, response_mask)                           # [B, T]
+        my_R = total_rewards(heads, response_mask, level)                              # [B]
         if level == "sequence":
-            heads = heads - token_heads(model, *packed, before=True)                # all ranks
+            heads = heads - token_heads(model, ids, mask, response_mask, before=True)
         if part:
-            R[part] = part_R
+            R[part] = my_R
             r[part, :heads.shape[1]] = heads
-    R = total(R).tolist()  # each rank filled only its own rows, so the sum collects them
+
+    # Every rank filled only its own rows, so the sum collects them.
+    R = total(R).tolist()
     r = total(r).tolist()
     return R, [row[:len(ids)] for row, ids in zip(r, responses)]
 
 
 def pair_figures(pairs, R_w, R_l):
     """Accuracy (a tie is half), margin and calibration, next to the rule "the longer answer wins".
-    pairs: (row, prompt, w, l); R: rewards of their better and worse answers"""
+    pairs: (row, prompt, w, l); R_w, R_l: rewards of their better and worse answers"""
     margins = [w - l for w, l in zip(R_w, R_l)]
-    accuracy, error = mean_and_error([100 * half_if_tied(w, l) for w, l in zip(R_w, R_l)])
+    right = [100 * half_if_tied(w, l) for w, l in zip(R_w, R_l)]
+    longer = [100 * half_if_tied(len(w), len(l)) for _, _, w, l in pairs]
+    accuracy, accuracy_error = mean_and_error(right)
     margin, margin_error = mean_and_error(margins)
-    longer, longer_error = mean_and_error(
-        [100 * half_if_tied(len(w), len(l)) for _, _, w, l in pairs])
-    return dict(n=len(pairs), accuracy=accuracy, standard_error=error, margin=margin,
-                margin_error=margin_error, longer_wins=longer, longer_wins_error=longer_error,
+    longer_wins, longer_error = mean_and_error(longer)
+    return dict(n=len(pairs), accuracy=accuracy, standard_error=accuracy_error, margin=margin,
+                margin_error=margin_error, longer_wins=longer_wins, longer_wins_error=longer_error,
                 calibration=calibration(margins))
 
 
 def half_if_tied(w, l):
-    return (w > l) + 0.5 * (w == l)
+    """1 if w is larger, 0 if l is, 0.5 if they are equal"""
+    if w == l:
+        return 0.5
+    return 1.0 if w > l else 0.0
 
 
 def calibration(margins, bins=10):
-    """Does sigma(R_w - R_l) mean what it says? Pairs by the model's confidence in the side it finds
-    likelier, 0.5 to 1 -> expected calibration error, bins"""
-    filled = defaultdict(list)
+    """Does sigma(R_w - R_l) mean what it says? The model is confident in the answer with the higher
+    reward, by 0.5 to 1. -> expected calibration error, and bins by confidence (dict)"""
+    filled = defaultdict(list)  # number of the bin -> (confidence, right) of its pairs
     for margin in margins:
         confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))
         number = min(int((confidence - 0.5) * 2 * bins), bins - 1)
@@ -732,8 +819,8 @@ def calibration(margins, bins=10):
     found = []
     ece = 0.0
     for _, pairs in sorted(filled.items()):
-        confidence = statistics.fmean(c for c, _ in pairs)
-        accuracy = statistics.fmean(a for _, a in pairs)
+        confidence = statistics.fmean(confidence for confidence, _ in pairs)
+        accuracy = statistics.fmean(right for _, right in pairs)
         found.append(dict(confidence=confidence, accuracy=accuracy, n=len(pairs)))
         ece += len(pairs) * abs(confidence - accuracy)
     return dict(ece=ece / max(1, len(margins)), bins=found)
@@ -764,13 +851,15 @@ def rewards(cfg):
     if cfg.out and begin(cfg, "evaluate", unimportant=("micro_batch", "json"), inputs=inputs):
         return say(f"{cfg.out} is finished; nothing to do")
 
-    # ---- R and r_t of the better answers, then of the worse ones
+    # R and r_t of the better answers, then of the worse ones, of all files together.
     pairs = [pair for file in files for pair in file["pairs"]]
     prompts = [prompt for _, prompt, _, _ in pairs]
-    answers = [w for _, _, w, _ in pairs] + [l for _, _, _, l in pairs]
-    R, r = score_responses(cfg.reward_model, level, prompts * 2, answers, cfg.micro_batch, cfg.dtype)
+    better = [w for _, _, w, _ in pairs]
+    worse = [l for _, _, _, l in pairs]
+    R, r = score_responses(cfg.reward_model, level, prompts + prompts, better + worse,
+                           cfg.micro_batch, cfg.dtype)  # all ranks
 
-    # ---- the figures of each file
+    # The figures of each file.
     found = []
     start = 0
     for file in files:
@@ -781,13 +870,14 @@ def rewards(cfg):
                        kind=file["kind"], dropped=file["dropped"])
         figures |= pair_figures(file["pairs"], R[w], R[l])
         if file["kind"] == "edits":
-            figures["edited_wins"] = 100.0  # by construction: with edits, the order alone tells
-            figures |= token_figures(cfg, file["pairs"], r[w], r[l], tokenizer)
+            figures["edited_wins"] = 100.0  # by construction: the editor made it the better one
+            figures |= figures_of_tokens(cfg, file["pairs"], r[w], r[l], tokenizer)
         found.append(figures)
         start = stop
+
     if cfg.out and RANK == 0:
-        with replacing(cfg.out) as file:
-            json.dump(found, file, indent=1)
+        with replacing(cfg.out) as opened:
+            json.dump(found, opened, indent=1)
         finish(cfg)
     if cfg.json:
         say(json.dumps(found, indent=1))
@@ -795,13 +885,14 @@ def rewards(cfg):
         tell({figures["data"]: figures for figures in found})
 
 
-def token_figures(cfg, pairs, r_w, r_l, tokenizer):
+def figures_of_tokens(cfg, pairs, r_w, r_l, tokenizer):
     """{"tokens": ...}: does r_t find what was changed? {} where extras/ was deleted"""
     if not Path(__file__).with_name("extras").exists():
         say("accuracy and calibration only: the figures of single tokens need the folder extras/")
         return {}
-    tokens = extra("report.rewards", "the token figures").token_figures(
-        pairs, r_w, r_l, tokenizer, resamples=cfg.resamples, seed=cfg.seed)
+    module = extra("report.rewards", "the token figures")
+    tokens = module.token_figures(pairs, r_w, r_l, tokenizer, resamples=cfg.resamples,
+                                  seed=cfg.seed)
     return {"tokens": tokens}
 
 
