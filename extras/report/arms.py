@@ -1,5 +1,5 @@
-"""The arms of a report: what a run is called in the paper, which runs are seeds of one arm, and how
-a figure and a table are written."""
+"""The arms of a report: the paper's name of each run, which runs are seeds of one arm, and how
+figures and tables are written."""
 import html
 from pathlib import Path
 
@@ -7,12 +7,19 @@ from common import mean_and_error
 from extras.pages import safe
 from plumbing.paint import plain
 
-TOKEN, FINE, RLHF, SFT = "Fine-grained Token-level PPO", "Fine-grained PPO", "PPO-RLHF", "SFT"
+# The paper's names of its arms
+TOKEN = "Fine-grained Token-level PPO"
+FINE = "Fine-grained PPO"
+RLHF = "PPO-RLHF"
+SFT = "SFT"
 RM_TOKEN = "RM w/ Fine-grained dataset, token level"
-RM_FINE, RM_RLHF = "RM w/ Fine-grained dataset", "RM w/o Fine-grained dataset"
+RM_FINE = "RM w/ Fine-grained dataset"
+RM_RLHF = "RM w/o Fine-grained dataset"
+ORDER = [TOKEN, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows and of colours
+
+# The paper's figures, in percent
 PAPER_WIN = {TOKEN: "51.6 ± 1.8", FINE: "51.2 ± 1.8", RLHF: "46.5 ± 1.8"}
 PAPER_ACCURACY = {RM_FINE: "85.2 ± 1.8", RM_RLHF: "58.2 ± 1.8"}
-ORDER = [TOKEN, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows, and of colours
 
 
 # ---------------------------------------------------------------- arms
@@ -20,64 +27,107 @@ ORDER = [TOKEN, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows, an
 def sibling(run, field, runs):
     """The run of the same seed that a config field of this run names, or None"""
     name = Path(str(run["config"].get(field, ""))).name
-    return next((other for other in runs if other["seed"] == run["seed"] and other["name"] == name), None)
+    for other in runs:
+        if other["seed"] == run["seed"] and other["name"] == name:
+            return other
+    return None
 
 
 def label_of(run, runs):
-    """The paper's name of a run"""
-    def from_edits(rm):
-        return rm["record"].get("edits", "diff" in Path(str(rm["config"].get("data", ""))).name)
+    """The paper's name of a run, or the name of its folder if the paper has no such arm"""
     if run["kind"] == "reward model":
-        return RM_TOKEN if run["config"]["loss"] in ("eq3", "eq4") else RM_FINE if from_edits(run) else RM_RLHF
+        return reward_model_label(run)
     if run["kind"] == "ppo":
-        rm = sibling(run, "reward_model", runs)
-        if run["config"].get("level") == "token":
-            return TOKEN
-        if rm and rm["config"].get("loss") == "sequence":
-            return FINE if from_edits(rm) else RLHF
-        return run["name"] if rm else {"ppo_fine": FINE, "ppo_rlhf": RLHF}.get(run["name"], run["name"])
-    return SFT if run["kind"] == "sft" else run["name"]
+        return ppo_label(run, sibling(run, "reward_model", runs))
+    if run["kind"] == "sft":
+        return SFT
+    return run["name"]
 
 
-def rank(label):
-    return next((i for i, known in enumerate(ORDER) if label == known or label.startswith(known + " (")), len(ORDER))
+def reward_model_label(run):
+    if run["config"]["loss"] in ("eq3", "eq4"):
+        return RM_TOKEN
+    return RM_FINE if learned_from_edits(run) else RM_RLHF
+
+
+def ppo_label(run, reward_model):
+    """reward_model: the run of its reward model, None if that is not among the runs"""
+    if run["config"].get("level") == "token":
+        return TOKEN
+    if reward_model is None:  # then only the demo's names tell
+        return {"ppo_fine": FINE, "ppo_rlhf": RLHF}.get(run["name"], run["name"])
+    if reward_model["config"].get("loss") != "sequence":
+        return run["name"]
+    return FINE if learned_from_edits(reward_model) else RLHF
+
+
+def learned_from_edits(reward_model):
+    """True if the pairs were edits. The record says it; without that, the data file's name does"""
+    data = Path(str(reward_model["config"].get("data", ""))).name
+    return reward_model["record"].get("edits", "diff" in data)
+
+
+def paper_order(label):
+    """The place of a label in the paper's order; labels that the paper does not have come last"""
+    for place, known in enumerate(ORDER):
+        if label == known or label.startswith(known + " ("):
+            return place
+    return len(ORDER)
 
 
 def arms(runs, *kinds):
-    """label -> its runs, one per seed, in the paper's order"""
+    """Runs of these kinds -> dict: label -> its runs, one per seed; labels in the paper's order"""
     found = {}
-    for run in sorted(runs, key=lambda run: (rank(run["label"]), run["label"])):  # stable: seeds stay in their order
+    in_order = sorted(runs, key=lambda run: (paper_order(run["label"]), run["label"]))
+    for run in in_order:  # sorted() is stable, so seeds keep their order
         if run["kind"] in kinds:
             found.setdefault(run["label"], []).append(run)
     return found
 
 
 def checkpoints(run, runs):
-    """[(steps done, figures of win_rate)]: the policy it began from, the models kept, the last"""
+    """The judged models along a PPO run -> [(steps done, figures of win_rate)]: the policy it
+    started from at 0, the models it kept, the last one"""
     start = sibling(run, "policy", runs)
-    found = {0: start["along"][start["steps"]] if start else None} | run["along"]
+    found = {0: None}
+    if start is not None:
+        found[0] = start["win_rates"][start["steps"]]
+    found |= run["win_rates"]
     return [(step, figures) for step, figures in found.items() if figures]
 
 
 # ---------------------------------------------------------------- cells
 
 def pm(mean, error, digits=1):
-    return "-" if mean is None else f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    """ "mean ± error"; the mean alone if there is no error; "-" if there is no mean"""
+    if mean is None:
+        return "-"
+    cell = f"{mean:.{digits}f}"
+    if error is not None:
+        cell += f" ± {error:.{digits}f}"
+    return cell
 
 
 def over_seeds(values, errors=(None,)):
-    """One seed: its value and error. Several: their mean, and the error that their spread tells"""
+    """One seed: its value and its own error. Several: their mean and its standard error"""
     values = [value for value in values if value is not None]
-    return pm(values[0], errors[0]) if len(values) == 1 else pm(*mean_and_error(values))
+    if len(values) == 1:
+        return pm(values[0], errors[0])
+    return pm(*mean_and_error(values))
 
 
-def summed(figures, name):
-    """over_seeds of one of the figures, with its standard_error; "-" where there are none"""
-    return over_seeds([f[name] for f in figures], [f["standard_error"] for f in figures]) if figures else "-"
+def figure_over_seeds(figures, name):
+    """over_seeds() of one entry of these figures, which also hold its standard_error"""
+    if not figures:
+        return "-"
+    values = [f[name] for f in figures]
+    return over_seeds(values, [f["standard_error"] for f in figures])
 
 
-def each(values, show=lambda value: f"{value:.1f}"):
-    return ", ".join("-" if value is None else show(value) for value in values) or "-"
+def each(values, show="{:.1f}".format):
+    """The value of every seed, "-" for None"""
+    cells = ["-" if value is None else show(value) for value in values]
+    return ", ".join(cells) or "-"
 
 
 def duration(seconds):
@@ -85,31 +135,53 @@ def duration(seconds):
         return "-"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 # ---------------------------------------------------------------- a table as text, Markdown, HTML
 
 def as_text(table):
+    """table: (title, header, rows, note) -> text in columns"""
     title, header, rows, note = table
-    cells = [[plain(str(cell)).replace("\n", " ") for cell in row] for row in [header, *rows]]
+    cells = [[one_line(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], "", note])
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(padded).rstrip())
+    underline = "-" * len(lines[0])
+    return "\n".join([title, "", lines[0], underline, *lines[1:], "", note])
 
 
 def as_markdown(table):
     title, header, rows, note = table
-    def line(row):
-        cells = (html.escape(plain(str(cell)), quote=False).replace("\n", " ").replace("|", "\\|") for cell in row)
-        return f"| {' | '.join(cells)} |"
-    return "\n".join([f"**{title}**", "", line(header), "|" + "---|" * len(header), *map(line, rows), "", note])
+    lines = [f"**{title}**", ""]
+    lines.append(markdown_row(header))
+    lines.append("|" + "---|" * len(header))
+    lines += map(markdown_row, rows)
+    return "\n".join([*lines, "", note])
+
+
+def markdown_row(cells):
+    """One row. A cell with "|", a newline or markup cannot break the table"""
+    escaped = [html.escape(one_line(cell), quote=False).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def one_line(cell):
+    return plain(str(cell)).replace("\n", " ")
 
 
 def as_html(table, small=False):
     title, header, rows, note = table
     head = "".join(f"<th>{safe(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (f"<figure><h3>{safe(title)}</h3><div class=wide><table class={'small' if small else 'plain'}>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><figcaption>{safe(note)}</figcaption>"
-            "</figure>")
+    body = []
+    for row in rows:
+        cells = "".join(f"<td>{safe(cell)}</td>" for cell in row)
+        body.append(f"<tr>{cells}</tr>")
+    size = "small" if small else "plain"
+    return (f"<figure><h3>{safe(title)}</h3><div class=wide><table class={size}>"
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<figcaption>{safe(note)}</figcaption></figure>")

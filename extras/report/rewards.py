@@ -1,4 +1,4 @@
-"""Do the token rewards find what people changed? The token figures of `python evaluate.py rewards`"""
+"""Do the token rewards find what people changed? The token figures of `evaluate.py rewards`."""
 import statistics
 
 import torch
@@ -8,65 +8,141 @@ from diff import align
 
 
 def auroc(scores, positive, weights=None):
-    """P(a positive scores above a negative), ties half; [N] each, weights: how often each counts. None: no such pair"""
-    weights = torch.ones(len(scores), dtype=torch.float64) if weights is None else weights.double()
-    rank = scores.unique(return_inverse=True)[1]  # equal scores share a rank
+    """The probability that a positive scores above a negative; a tie counts half.
+
+    scores, positive (bool or 0/1): [N]; weights: how often each counts, [N]. None if there is no
+    positive or no negative."""
+    if weights is None:
+        weights = torch.ones(len(scores))
+    weights = weights.double()
+    rank = scores.unique(return_inverse=True)[1]  # [N]; equal scores share a rank
     ranks = int(rank.max()) + 1 if len(rank) else 0
-    p, n = (torch.bincount(rank, weights * side, ranks).double() for side in (positive.bool(), ~positive.bool()))
-    below = n.cumsum(0) - n
-    return ((p * (below + n / 2)).sum() / (p.sum() * n.sum())).item() if p.sum() and n.sum() else None
+
+    # At each rank: the positives, the negatives, and the negatives below it; all [ranks].
+    positives = torch.bincount(rank, weights * positive.bool(), ranks).double()
+    negatives = torch.bincount(rank, weights * ~positive.bool(), ranks).double()
+    below = negatives.cumsum(0) - negatives
+    won = positives * (below + negatives / 2)
+    comparisons = positives.sum() * negatives.sum()
+    if not comparisons:
+        return None
+    return (won.sum() / comparisons).item()
 
 
 def token_auroc(tokens, *, resamples, seed):
-    """tokens: (score, positive, pair) each. -> AUROC over all of them, and its standard error by resampling pairs: the
-    tokens of a pair come and go together, for they are not independent"""
+    """tokens: [(score, is positive, number of its pair)] -> dict: auroc over all of them, its
+    standard_error, positives, tokens.
+
+    The error comes from drawing pairs again with replacement: the tokens of one pair are not
+    independent, so they are drawn together."""
     if not tokens:
         return dict(auroc=None, standard_error=None, positives=0, tokens=0)
-    scores, positive, pair = (torch.tensor(column) for column in zip(*tokens))
-    value, pairs, again = auroc(scores, positive), int(pair.max()) + 1, []
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(resamples if value is not None else 0):
-        times = torch.bincount(torch.randint(pairs, (pairs,), generator=draw), minlength=pairs)
-        again.append(auroc(scores, positive, times[pair]))
-    again = [x for x in again if x is not None]
-    return dict(auroc=value, standard_error=statistics.stdev(again) if len(again) > 1 else None,
-                positives=int(positive.sum()), tokens=len(tokens))
+    scores = torch.tensor([score for score, _, _ in tokens])
+    positive = torch.tensor([is_positive for _, is_positive, _ in tokens])
+    pair = torch.tensor([number for _, _, number in tokens])
+    value = auroc(scores, positive)
+
+    # A resample without positives or without negatives has no AUROC and is left out.
+    resampled = []
+    if value is not None:
+        pairs = int(pair.max()) + 1
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(resamples):
+            drawn = torch.randint(pairs, (pairs,), generator=draw)
+            times = torch.bincount(drawn, minlength=pairs)  # [pairs]
+            again = auroc(scores, positive, times[pair])
+            if again is not None:
+                resampled.append(again)
+
+    error = statistics.stdev(resampled) if len(resampled) > 1 else None
+    return dict(auroc=value, standard_error=error, positives=int(positive.sum()),
+                tokens=len(tokens))
 
 
 def in_spans(texts, spans):
-    """Which kinds of error each token touches. texts: one per token; spans: [start, end, kind] in characters"""
-    kinds, end = [], 0
+    """The kinds of error that each token touches -> one set per token.
+
+    texts: one string per token; spans: [start, end, kind], counted in characters."""
+    kinds = []
+    end = 0
     for text in texts:
-        start, end = end, end + len(text)
-        kinds.append({span[2] for span in spans if span[0] < end and start < span[1]} if text else set())
+        start = end
+        end += len(text)
+        touched = set()
+        for span_start, span_end, kind in spans:
+            if text and span_start < end and start < span_end:
+                touched.add(kind)
+        kinds.append(touched)
     return kinds
 
 
 def token_figures(pairs, r_w, r_l, tokenizer, *, resamples, seed):
-    """pairs: (row, prompt, edited ids, original ids); r_w, r_l: their token rewards (lists of lists) -> figures, nested
+    """pairs: [(row, prompt, edited ids, original ids)]; r_w, r_l: r_t of the edited and of the
+    original answers, one list per pair -> dict of figures
 
-    removed: AUROC of -r_t for the tokens of the original that the edit took away; added: of r_t for those it put in;
-    error_spans: of -r_t for the tokens inside the spans that the row marks as wrong, where rows have them. unchanged:
-    r_t on U_0. eos: r_t at EOS."""
-    removed, added, marked, unchanged, eos = [], [], [], [], []
-    for i, ((row, _, ids_w, ids_l), of_w, of_l) in enumerate(zip(pairs, r_w, r_l)):
+    removed:     AUROC of -r_t for the tokens of the original that the edit removed
+    added:       AUROC of r_t for the tokens of the edited answer that the edit added
+    unchanged:   mean and standard deviation of r_t on U_0, both sides together
+    eos:         mean of r_t at EOS
+    error_spans: AUROC of -r_t for the tokens in spans that a row marks as wrong, all kinds together
+                 and each kind alone; only if there are such rows"""
+    removed = []  # (score, is positive, number of the pair)
+    added = []
+    marked = []  # (score, kinds of error, number of the pair)
+    unchanged = []  # r_t
+    eos = []
+    for i, (row, _, ids_w, ids_l) in enumerate(pairs):
+        rewards_w = r_w[i]
+        rewards_l = r_l[i]
         changed_l, changed_w = align(ids_l, ids_w)
-        removed += [(-r, bool(changed), i) for r, changed in zip(of_l, changed_l)]
-        added += [(r, bool(changed), i) for r, changed in zip(of_w, changed_w)]
-        unchanged += [r for r, changed in zip(of_l + of_w, changed_l + changed_w) if not changed]
-        eos += [of[-1] for of, ids in ((of_w, ids_w), (of_l, ids_l)) if ids[-1] == tokenizer.eos_token_id]
+
+        # What the edit removed, added and left
+        for r, changed in zip(rewards_l, changed_l):
+            removed.append((-r, bool(changed), i))
+        for r, changed in zip(rewards_w, changed_w):
+            added.append((r, bool(changed), i))
+        for r, changed in zip(rewards_l + rewards_w, changed_l + changed_w):
+            if not changed:
+                unchanged.append(r)
+
+        # EOS; a cut answer has none
+        if ids_w[-1] == tokenizer.eos_token_id:
+            eos.append(rewards_w[-1])
+        if ids_l[-1] == tokenizer.eos_token_id:
+            eos.append(rewards_l[-1])
+
+        # What the row marks as wrong in the original
         if row.get("error_spans"):
             texts = token_texts(tokenizer, ids_l)
             kinds_of = in_spans(texts, row["error_spans"])
-            marked += [(-r, kinds, i) for r, kinds, text in zip(of_l, kinds_of, texts) if text]
-    options = dict(resamples=resamples, seed=seed)
-    figures = dict(removed=token_auroc(removed, **options), added=token_auroc(added, **options),
-                   unchanged=dict(mean=statistics.fmean(unchanged) if unchanged else None,
-                                  sd=statistics.pstdev(unchanged) if unchanged else None, tokens=len(unchanged)),
-                   eos=dict(mean=statistics.fmean(eos) if eos else None, n=len(eos)))
+            for r, kinds, text in zip(rewards_l, kinds_of, texts):
+                if text:
+                    marked.append((-r, kinds, i))
+
+    figures = {}
+    figures["removed"] = token_auroc(removed, resamples=resamples, seed=seed)
+    figures["added"] = token_auroc(added, resamples=resamples, seed=seed)
+    figures["unchanged"] = dict(mean=None, sd=None, tokens=len(unchanged))
+    if unchanged:
+        figures["unchanged"]["mean"] = statistics.fmean(unchanged)
+        figures["unchanged"]["sd"] = statistics.pstdev(unchanged)
+    figures["eos"] = dict(mean=None, n=len(eos))
+    if eos:
+        figures["eos"]["mean"] = statistics.fmean(eos)
     if marked:
-        figures["error_spans"] = token_auroc([(r, bool(kinds), i) for r, kinds, i in marked], **options)
-        for name in sorted(set.union(*(kinds for _, kinds, _ in marked))):  # one kind against tokens in no span at all
-            some = [(r, name in kinds, i) for r, kinds, i in marked if not kinds or name in kinds]
-            figures["error_spans"][name] = token_auroc(some, resamples=0, seed=seed)["auroc"]
+        figures["error_spans"] = span_figures(marked, resamples, seed)
+    return figures
+
+
+def span_figures(marked, resamples, seed):
+    """marked: [(score, kinds of error, number of its pair)] -> token_auroc() of all kinds together,
+    and of each kind its AUROC against the tokens in no span at all"""
+    tokens = [(score, bool(kinds), i) for score, kinds, i in marked]
+    figures = token_auroc(tokens, resamples=resamples, seed=seed)
+    for name in sorted(set.union(*(kinds for _, kinds, _ in marked))):
+        some = []
+        for score, kinds, i in marked:
+            if name in kinds or not kinds:
+                some.append((score, name in kinds, i))
+        figures[name] = token_auroc(some, resamples=0, seed=seed)["auroc"]
     return figures

@@ -1,4 +1,4 @@
-"""Pairs with their edits marked, in the terminal or as a page: python diff.py show
+"""Pairs with their edits marked, in a terminal or as a page: python diff.py show
 
     python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5   # [-removed-] {+added+}
     python diff.py show out/edits.jsonl --html=out/diffs.html       # the same as a page
@@ -9,8 +9,7 @@ from shutil import get_terminal_size
 
 from common import load_tokenizer, token_texts
 from diff import EDIT_FIELDS, align, changed_share, diff_row
-from extras.pages import safe
-from extras.report.show_rewards import question, write_page
+from extras.pages import question_html, safe, write_show_page
 from plumbing.command_line import load_config
 from plumbing.files import check_input, check_model, check_numbers, read_jsonl
 from plumbing.paint import plain
@@ -30,15 +29,17 @@ class Config:
 # ---------------------------------------------------------------- both answers as one text
 
 def segments(original_texts, original_changed, edited_texts, edited_changed, blamed=()):
-    """Both answers as one text -> list of [kind, text]: "-" removed, "+" added, " " in both, "~" in
-    both, but in U_1 because of a gap.
+    """Both answers as one text -> list of [kind, text]
 
-    texts: one string per token (common.token_texts). The masks are those without gaps. blamed: the
-    positions, in the original, of unchanged tokens that gaps would put into U_1 on either side."""
+    kind: "-" removed, "+" added, " " in both, "~" in both, but in U_1 because of a gap.
+    texts: one string per token (common.token_texts). changed: the masks without gaps. blamed: the
+    positions in the original of the "~" tokens."""
     spans = []
     i = 0
     j = 0
     while i < len(original_texts) or j < len(edited_texts):
+        # The next token: all that was removed at this place, then all that was added, then a pair
+        # of unchanged tokens.
         if i < len(original_texts) and original_changed[i]:
             kind = "-"
             text = original_texts[i]
@@ -52,6 +53,8 @@ def segments(original_texts, original_changed, edited_texts, edited_changed, bla
             text = original_texts[i]
             i += 1
             j += 1
+
+        # It joins the last segment if that is of the same kind.
         if spans and spans[-1][0] == kind:
             spans[-1][1] += text
         else:
@@ -59,75 +62,96 @@ def segments(original_texts, original_changed, edited_texts, edited_changed, bla
     return spans
 
 
+# kind of a segment -> what is printed before and after it, and its colour in a terminal
 MARKS = {"-": ("[-", "-]", "\033[31m"), "+": ("{+", "+}", "\033[32m"),
          "~": ("<~", "~>", "\033[33m"), " ": ("", "", "")}
+RESET = "\033[0m"
 
 
 def draw(original_texts, original_changed, edited_texts, edited_changed, *, blamed=(), width=100,
          color=True):
-    """Both answers as one text for the terminal, wrapped at width: [-removed-] red, {+added+} green,
-    <~blamed~> yellow. Arguments as in segments(). Control characters are made visible."""
+    """Both answers as one text for a terminal, wrapped at width: [-removed-] red, {+added+} green,
+    <~in U_1 because of a gap~> yellow. Arguments as in segments(). Control characters are made
+    visible."""
     lines = [""]
     column = 0
     spans = segments(original_texts, original_changed, edited_texts, edited_changed, blamed)
     for kind, text in spans:
         left, right, paint = MARKS[kind]
         for number, line in enumerate((left + plain(text) + right).split("\n")):
-            if number:
+            if number > 0:
                 lines.append("")
                 column = 0
-            for word in line.replace(" ", " \0").split("\0"):  # a word keeps the space after it
+            for word in spaced_words(line):
                 if column and column + len(word.rstrip()) > width:
                     lines.append("")
                     column = 0
-                painted = paint and color and word
-                lines[-1] += f"{paint}{word}\033[0m" if painted else word
                 column += len(word)
+                if paint and color and word:
+                    word = f"{paint}{word}{RESET}"
+                lines[-1] += word
     return "\n".join(line.rstrip() for line in lines)
+
+
+def spaced_words(line):
+    """A line split behind each space, so that a word keeps the space after it"""
+    return line.replace(" ", " \0").split("\0")
 
 
 # ---------------------------------------------------------------- the pairs
 
-def picture(row, tokenizer, gaps):
-    """A row of edits.jsonl -> its title, and the arguments of segments() and draw()"""
+def both_sides(row, tokenizer, gaps):
+    """A row of edits.jsonl -> its title, and the five arguments of segments()"""
     pair = diff_row(row, tokenizer)
     original_ids = pair["original_ids"]
     edited_ids = pair["edited_ids"]
     masks = align(original_ids, edited_ids, gaps=gaps)
 
-    # The k-th unchanged token of one side is the k-th of the other.
+    # The k-th unchanged token of the original is the k-th of the edited answer. A gap can put it
+    # into U_1 on either side.
     blamed = set()
     if gaps:
-        kept_original = unchanged(pair["original_changed"])
-        kept_edited = unchanged(pair["edited_changed"])
-        for i, j in zip(kept_original, kept_edited):
+        original_kept = unchanged(pair["original_changed"])
+        edited_kept = unchanged(pair["edited_changed"])
+        for i, j in zip(original_kept, edited_kept):
             if masks[0][i] or masks[1][j]:
                 blamed.add(i)
 
     title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
-    return title, (token_texts(tokenizer, original_ids), pair["original_changed"],
-                   token_texts(tokenizer, edited_ids), pair["edited_changed"], blamed)
+    original_texts = token_texts(tokenizer, original_ids)
+    edited_texts = token_texts(tokenizer, edited_ids)
+    return title, (original_texts, pair["original_changed"], edited_texts, pair["edited_changed"],
+                   blamed)
 
 
 def unchanged(mask):
+    """The positions with 0"""
     return [t for t, changed in enumerate(mask) if not changed]
 
 
-def show(cfg):
+# ---------------------------------------------------------------- show
+
+def show_pairs(cfg):
     """The first n changed pairs of an edits file"""
     check_numbers(cfg, "n")
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    rows = [row for row in read_jsonl(cfg.data, EDIT_FIELDS)
-            if row["edited"] not in (None, row["original"])][:cfg.n]
+    rows = read_jsonl(cfg.data, EDIT_FIELDS)
+    rows = [row for row in rows if row["edited"] not in (None, row["original"])]
     if cfg.html:
-        return diff_page(cfg, rows, tokenizer)
+        diff_page(cfg, rows[:cfg.n], tokenizer)
+    else:
+        print_pairs(cfg, rows[:cfg.n], tokenizer)
+
+
+def print_pairs(cfg, rows, tokenizer):
+    width = get_terminal_size().columns
+    color = sys.stdout.isatty()
     for row in rows:
-        title, (*pair, blamed) = picture(row, tokenizer, cfg.gaps)
+        title, (*sides, blamed) = both_sides(row, tokenizer, cfg.gaps)
         print(f"\n{plain(title)}  {plain(row['instruction'])}")
-        width = get_terminal_size().columns
-        print(draw(*pair, blamed=blamed, width=width, color=sys.stdout.isatty()))
+        print(draw(*sides, blamed=blamed, width=width, color=color))
 
 
 def diff_page(cfg, rows, tokenizer):
@@ -135,18 +159,22 @@ def diff_page(cfg, rows, tokenizer):
     sections = []
     has_gaps = False
     for row in rows:
-        title, pair = picture(row, tokenizer, cfg.gaps)
+        title, sides = both_sides(row, tokenizer, cfg.gaps)
         parts = []
-        for kind, text in segments(*pair):
+        for kind, text in segments(*sides):
+            shown = safe(text)
+            if kind in tags:
+                shown = f"<{tags[kind]}>{shown}</{tags[kind]}>"
+            parts.append(shown)
             has_gaps = has_gaps or kind == "~"
-            tag = tags.get(kind)
-            parts.append(f"<{tag}>{safe(text)}</{tag}>" if tag else safe(text))
-        sections.append((title, f"{question(row)}<p class=text>{''.join(parts)}</p>"))
+        sections.append((title, f"{question_html(row)}<p class=text>{''.join(parts)}</p>"))
+
     legend = "<del>removed</del> <ins>added</ins>, the rest unchanged"
     if has_gaps:
         legend += "; <mark>unchanged, but in U_1 because of a gap</mark>"
-    write_page(cfg.html, f"What the edits changed: {cfg.data}", legend, sections, cfg.overwrite)
+    title = f"What the edits changed: {cfg.data}"
+    write_show_page(cfg.html, title, legend, sections, cfg.overwrite)
 
 
 def main(argv):
-    show(load_config(Config, "diff.show", argv))
+    show_pairs(load_config(Config, "diff.show", argv))

@@ -1,4 +1,4 @@
-"""Answers with their tokens painted by r_t, in the terminal or as a page: python reward_model.py show
+"""Answers with their tokens painted by r_t, in a terminal or as a page: reward_model.py show
 
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of one or two files
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page
@@ -11,14 +11,13 @@ import torch
 from common import (encode_prompt, encode_response, load_model, load_tokenizer, pack, reward_level,
                     setup, token_heads, token_texts, total_rewards)
 from diff import align
-from extras.pages import document, heat, is_ours, safe
+from extras.pages import heat, question_html, safe, write_show_page
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_model, check_numbers, read_jsonl, replacing
+from plumbing.files import check_input, check_model, check_numbers, read_jsonl
 from plumbing.paint import paint, plain
-from plumbing.ranks import fail, say
+from plumbing.ranks import fail
 
-MARK = "<!-- a page of show -->"
-NAMES = ("output", "original", "edited")
+NAMES = ("output", "original", "edited")  # the fields of a row that hold an answer
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,18 @@ class Config:
 
 # ---------------------------------------------------------------- the answers
 
-def asked(row):
+def question_of(row):
     return row["instruction"], row.get("input") or ""
 
 
 def rows_about(files, number):
-    """The rows of all files about the same question as the numbered row of the first file. A
-    question may occur twice; then the k-th rows belong together."""
-    first = files[0][number]
-    k = sum(asked(row) == asked(first) for row in files[0][:number])
+    """The rows of all files about the same question as the numbered row of the first file, None
+    where a file has none. If a question occurs more than once, its k-th rows belong together."""
+    question = question_of(files[0][number])
+    k = sum(question_of(row) == question for row in files[0][:number])
     found = []
     for file in files:
-        same = [row for row in file if asked(row) == asked(first)]
+        same = [row for row in file if question_of(row) == question]
         found.append(same[k] if k < len(same) else None)
     return found
 
@@ -54,8 +53,8 @@ def score_answers(model, level, tokenizer, path, row, device):
     ids = {}
     for name in NAMES:
         if row.get(name):
-            complete = name not in (row.get("cut") or [])
-            ids[name] = encode_response(tokenizer, row[name], eos=complete)
+            is_complete = name not in (row.get("cut") or [])  # a cut answer has no EOS
+            ids[name] = encode_response(tokenizer, row[name], eos=is_complete)
     changed = {}
     if "original" in ids and "edited" in ids:
         changed["original"], changed["edited"] = align(ids["original"], ids["edited"])
@@ -64,8 +63,9 @@ def score_answers(model, level, tokenizer, path, row, device):
     prompt = encode_prompt(tokenizer, row)
     for name, answer in ids.items():
         packed = pack([prompt], [answer], device)
-        r = token_heads(model, *packed)  # a sequence model's r_t score the prefixes
-        R = total_rewards(r, packed[2], level).item()
+        response_mask = packed[2]  # [1, T]
+        r = token_heads(model, *packed)  # [1, T]; a sequence model's r_t score the prefixes
+        R = total_rewards(r, response_mask, level).item()
         title = f"{Path(path).parent.name}/{Path(path).name}"
         if name != "output":
             title += f" {name}"
@@ -74,15 +74,19 @@ def score_answers(model, level, tokenizer, path, row, device):
     return answers
 
 
-def largest(answers):
-    """The largest |r_t| of some answers"""
-    return max((abs(r) for _, _, _, rewards, _ in answers for r in rewards), default=0) or 1.0
+def largest_reward(answers):
+    """The largest |r_t| in the answers of score_answers(), which has the deepest colour"""
+    sizes = [abs(r) for _, _, _, rewards, _ in answers for r in rewards]
+    return max(sizes, default=0) or 1.0
 
+
+# ---------------------------------------------------------------- show
 
 @torch.no_grad()
-def show(cfg):
-    """Paint the first n answers of each file: those of one row below each other, or side by side in
-    a page"""
+def show_answers(cfg):
+    """Paint the answers about the first n questions of the first file: below each other in the
+    terminal, side by side on a page"""
+    # Check the files before the model is loaded.
     check_model(cfg.model, "model", "python reward_model.py")
     level = reward_level(cfg.model)
     check_numbers(cfg, "n")
@@ -95,71 +99,51 @@ def show(cfg):
         if not any(isinstance(file[0].get(name), str) for name in NAMES):
             fail(f"{path} holds no answers to show: its rows need output, or original and edited")
 
+    # Score the answers of all files, question by question.
     tokenizer = load_tokenizer(cfg.model)
     device, mesh, dtype = setup()
     model = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True)
-    shown = []
+    scored = []
     for number, first in enumerate(files[0][:cfg.n]):
         answers = []
         for path, row in zip(cfg.data, rows_about(files, number)):
             if row:
                 answers += score_answers(model, level, tokenizer, path, row, device)
-        shown.append((first, answers))
+        scored.append((first, answers))
 
     if cfg.html:
-        return rewards_page(cfg.html, cfg.model, shown, cfg.overwrite)
-    for row, answers in shown:
+        rewards_page(cfg, scored)
+    else:
+        print_rewards(scored)
+
+
+def print_rewards(scored):
+    """scored: [(row, its score_answers())]"""
+    for row, answers in scored:
         print(f"\n{plain(row['instruction'])}  {plain(row.get('input') or '')}")
-        scale = largest(answers)
+        scale = largest_reward(answers)
         for title, R, texts, rewards, _ in answers:
             print(f"{title}: R = {R:+.3f}\n  {paint(texts, rewards, scale)}")
 
 
-# ---------------------------------------------------------------- pages of show
-
-def question(row):
-    """The instruction; a long input folded away"""
-    shown = f"<p class=text><b>{safe(row.get('instruction', ''))}</b></p>"
-    more = row.get("input") or ""
-    if not more:
-        return shown
-    return (f"{shown}<details><summary>input, {len(more)} characters</summary>"
-            f"<p class=text>{safe(more)}</p></details>")
-
-
-def write_page(path, title, legend, sections, overwrite):
-    """A page of sections (heading, its HTML); only a page of ours is replaced without being asked"""
-    if Path(path).suffix != ".html":
-        fail(f"--html={path} must end in .html")
-    if not overwrite and not is_ours(path, MARK):
-        fail(f"--html={path} is no page of show's; choose another, or replace it with "
-             "--overwrite=true")
-    body = [f"<h1>{safe(title)}</h1><p class=quiet>{legend}</p>"]
-    for heading, content in sections:
-        body.append(f"<section><h2>{safe(heading)}</h2>{content}</section>")
-    if not sections:
-        body.append("<p>Nothing to show.</p>")
-    with replacing(path) as file:
-        file.write(document(MARK, title, "\n".join(body)))
-    say(f"{path}: {len(sections)} " + ("row" if len(sections) == 1 else "rows"))
-
-
-def rewards_page(path, model, rows, overwrite=False):
-    """rows: (row, answers), answers as score_answers gives them"""
+def rewards_page(cfg, scored):
+    """The same as a page; tokens that the edit changed are underlined"""
     sections = []
-    for number, (row, answers) in enumerate(rows, 1):
-        scale = largest(answers)
+    for number, (row, answers) in enumerate(scored, 1):
+        scale = largest_reward(answers)
         painted = []
         for title, R, texts, rewards, changed in answers:
             heading = f"<h3>{safe(title)} <span class=quiet>R = {R:+.3f}</span></h3>"
             painted.append(f"<div>{heading}{heat(texts, rewards, scale, changed)}</div>")
         heading = f"{row.get('id') or number}  (deepest colour: {scale:.2f})"
-        sections.append((heading, f"{question(row)}<div class=pair>{''.join(painted)}</div>"))
+        side_by_side = f"<div class=pair>{''.join(painted)}</div>"
+        sections.append((heading, question_html(row) + side_by_side))
     legend = ("<span style='background:rgb(var(--bad) / .6)'>bad</span> "
               "<span style='background:rgb(var(--good) / .6)'>good</span>, each row on its own "
               "scale; underlined: changed by the edit. Point at a token for its r.")
-    write_page(path, f"What each token is worth to {model}", legend, sections, overwrite)
+    title = f"What each token is worth to {cfg.model}"
+    write_show_page(cfg.html, title, legend, sections, cfg.overwrite)
 
 
 def main(argv):
-    show(load_config(Config, "reward_model.show", argv))
+    show_answers(load_config(Config, "reward_model.show", argv))

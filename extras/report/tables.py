@@ -1,232 +1,450 @@
-"""`python evaluate.py report`: the paper's three tables with ours beside them, and a page of figures, from run folders.
+"""`python evaluate.py report`: the paper's three tables with ours next to them, a page of figures.
 
-What it reads, and nothing else; what is not there is shown as missing ("-"), never guessed:
+It reads these files of the run folders and nothing else. What is missing is shown as "-", never
+guessed:
 
-    <folder>/<run>/run.json, metrics.jsonl, samples.jsonl    of sft.py, reward_model.py, ppo.py
-    <folder>/<run>/annotations.jsonl                         evaluate.py judge: the run's model, for Table 1
-    <folder>/<run>[/step_N]/val_annotations.jsonl            the same on other questions, for those kept along training
-    <folder>/<ppo>/step_N/annotations.jsonl                  ... in their place where there are none
-    <folder>/<reward model>/rewards.json                     evaluate.py rewards --out=...
-    <folder>/bag_of_tokens.json                              {"accuracy": ...}: a reward that reads no prompt
+    <folder>/<run>/run.json, metrics.jsonl, samples.jsonl   of sft.py, reward_model.py, ppo.py
+    <folder>/<run>/annotations.jsonl                        verdicts on the run's model, for Table 1
+    <folder>/<run>[/step_N]/val_annotations.jsonl           verdicts along training, on val.jsonl
+    <folder>/<run>/step_N/annotations.jsonl                 used along training if there are none
+    <folder>/<reward model>/rewards.json                    of evaluate.py rewards --out=...
+    <folder>/bag_of_tokens.json                             {"accuracy": ...}: it reads no prompt
 
-Runs of the same name in different folders are seeds of one arm. What an arm is called in the paper follows from its
-run.json: the level of PPO, and whether its reward model learnt from edits (diffs) or from preferences. The page is made
-in page.py.
+Runs of the same name in different folders are seeds of one arm. The paper's name of an arm follows
+from its run.json: the level of PPO, and whether the reward model was trained on edits or on
+preferences. page.py makes the page.
 """
-import json
-import re
-import statistics
+import json, re, statistics
 from pathlib import Path
 
 from evaluate import paired, read_annotations, win_rate
 from extras.pages import is_ours
 from extras.report.arms import (FINE, PAPER_ACCURACY, PAPER_WIN, RLHF, RM_RLHF, RM_TOKEN, TOKEN,
                                 arms, as_markdown, as_text, checkpoints, duration, each,
-                                label_of, over_seeds, pm, rank, summed)
+                                figure_over_seeds, label_of, over_seeds, paper_order, pm)
 from extras.report.page import MARK, page
 from plumbing.files import check_input, replacing, whole_characters
 from plumbing.ranks import fail, say
 from plumbing.record import logged, record_of
 
+RUN_FILES = ("run.json", "annotations.jsonl", "rewards.json")  # a folder with one of them is a run
+
 
 # ---------------------------------------------------------------- runs
 
 def read_runs(folders):
-    """The runs in and below the folders -> list of dict: path, name, seed (the folder that holds it), kind, label..."""
+    """The runs in and up to two levels below the folders -> list of read_run() with their label"""
     found = {}
     for folder in map(Path, folders):
-        below = sorted(path for path in (*folder.glob("*/"), *folder.glob("*/*/"))
-                       if not re.match(r"(step|checkpoint)_|.*\.tmp$", path.name))
-        for path in [folder, *below]:
-            if any((path / name).exists() for name in ("run.json", "annotations.jsonl", "rewards.json")):
+        for path in [folder, *folders_below(folder)]:
+            if any((path / name).exists() for name in RUN_FILES):
                 found.setdefault(path.resolve(), path)
     runs = [read_run(path) for path in found.values()]
     for run in runs:
         run["label"] = label_of(run, runs)
-    named = {(run["label"], run["name"]) for run in runs}
-    for run in runs:  # two arms of one kind, an ablation: tell them apart by their folders
-        if len({name for label, name in named if label == run["label"]}) > 1:
+
+    # Two arms with the same label, such as an ablation, are told apart by their folders' names.
+    names = {}
+    for run in runs:
+        names.setdefault(run["label"], set()).add(run["name"])
+    for run in runs:
+        if len(names[run["label"]]) > 1:
             run["label"] += f" ({run['name']})"
     return runs
 
 
+def folders_below(folder):
+    """One and two levels down, sorted; not the checkpoints of a run"""
+    below = sorted([*folder.glob("*/"), *folder.glob("*/*/")])
+    return [path for path in below if not re.match(r"(step|checkpoint)_|.*\.tmp$", path.name)]
+
+
 def read_run(path):
-    record, config = record_of(path), record_of(path).get("config", {})
-    kind = "ppo" if "policy" in config else "reward model" if "loss" in config else "sft" if "lr" in config else "other"
-    try:
-        rewards = json.loads((path / "rewards.json").read_text()) if (path / "rewards.json").exists() else []
-    except ValueError as error:
-        fail(f"{path / 'rewards.json'}: not JSON ({error}); make it again: python evaluate.py rewards")
+    """A run folder -> dict
+
+    path, name, seed     the folder, its name, the folder that holds it
+    kind                 "ppo", "reward model", "sft" or "other"
+    record, config       run.json, and its config
+    metrics, samples     rows of metrics.jsonl and samples.jsonl
+    steps                how many steps are logged
+    rewards              rewards.json: a list, one dict of figures per file of pairs
+    annotations          rows of annotations.jsonl, or None
+    judged_at            the steps done by the model that these rows judge
+    win_rates            {steps done: figures of win_rate, or None} of the kept models and the last
+    """
+    record = record_of(path)
     metrics = [row for row in logged(path / "metrics.jsonl") if isinstance(row.get("step"), int)]
-    kept = {int(folder.name[5:]): folder for folder in path.glob("step_*") if folder.name[5:].isdigit()}
     steps = 1 + max((row["step"] for row in metrics), default=-1)
-    along = "val_annotations.jsonl" if (path / "val_annotations.jsonl").exists() else "annotations.jsonl"
-    kept = {step: kept[step] for step in sorted(kept)} | {steps: path}
-    answers = record_of(path / "annotations.jsonl").get("config", {}).get("outputs", "")
-    model = record_of(path / Path(answers).name).get("config", {}).get("model", "") if answers else ""
-    judged = re.fullmatch(r"step_(\d+)", Path(model).name)  # chosen among those kept; else the last
-    return dict(path=path, name=path.name, seed=str(path.parent), kind=kind, record=record, config=config,
-                metrics=metrics, steps=steps, samples=logged(path / "samples.jsonl"), rewards=rewards,
-                annotations=annotations_of(path / "annotations.jsonl"), judged_at=int(judged[1]) if judged else steps,
-                along={step: rate(annotations_of(folder / along)) for step, folder in kept.items()})
+    run = dict(path=path, name=path.name, seed=str(path.parent))
+    run["record"] = record
+    run["config"] = record.get("config", {})
+    run["kind"] = kind_of(run["config"])
+    run["metrics"] = metrics
+    run["samples"] = logged(path / "samples.jsonl")
+    run["steps"] = steps
+    run["rewards"] = read_rewards(path / "rewards.json")
+    run["annotations"] = annotations_of(path / "annotations.jsonl")
+    run["judged_at"] = judged_step(path, steps)
+    run["win_rates"] = win_rates_along(path, steps)
+    return run
+
+
+def kind_of(config):
+    """The kind of a run. It shows in its fields: all but "other" have lr, so the order matters"""
+    if "policy" in config:
+        return "ppo"
+    if "loss" in config:
+        return "reward model"
+    if "lr" in config:
+        return "sft"
+    return "other"
+
+
+def read_rewards(file):
+    if not file.exists():
+        return []
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        fail(f"{file}: not JSON ({error}); make it again: python evaluate.py rewards")
 
 
 def annotations_of(path):
     return read_annotations(path) if path.exists() else None
 
 
+def judged_step(path, steps):
+    """The steps done by the model that annotations.jsonl judges: step_N, if `evaluate.py best`
+    chose one, else all. Found by the records: annotations -> their outputs -> the model of those"""
+    judged = record_of(path / "annotations.jsonl")
+    outputs = judged.get("config", {}).get("outputs", "")
+    if not outputs:
+        return steps
+    decoded = record_of(path / Path(outputs).name)
+    model = decoded.get("config", {}).get("model", "")
+    chosen = re.fullmatch(r"step_(\d+)", Path(model).name)
+    return int(chosen[1]) if chosen else steps
+
+
+def win_rates_along(path, steps):
+    """{steps done: figures of win_rate, or None}: the models kept in step_N, and the last one"""
+    kept = {}
+    for folder in path.glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdigit():
+            kept[int(number)] = folder
+    folders = {step: kept[step] for step in sorted(kept)}
+    folders[steps] = path
+
+    name = "annotations.jsonl"
+    if (path / "val_annotations.jsonl").exists():
+        name = "val_annotations.jsonl"
+    return {step: rate(annotations_of(folder / name)) for step, folder in folders.items()}
+
+
 def rate(annotations):
+    """Figures of win_rate, or None where nothing was judged"""
     figures = win_rate(row["preference"] for row in annotations or [])
     return figures if figures["n_total"] else None
 
 
 def seconds_until(run, steps):
-    """Training time of the first steps; where not every step was logged, at the mean of those that were"""
-    times = [row["seconds"] for row in run["metrics"] if row["step"] < steps and "seconds" in row]
-    return statistics.fmean(times) * steps if times else None
+    """Training time of the first steps. Steps without a log line count as the mean of the others"""
+    first = [row for row in run["metrics"] if row["step"] < steps]
+    times = [row["seconds"] for row in first if "seconds" in row]
+    if not times:
+        return None
+    return statistics.fmean(times) * steps
 
 
 # ---------------------------------------------------------------- tables: title, header, rows, note
 
-SEEDS = "± is the standard error: over pairs where there is one seed, over seeds where there are several."
+SEEDS = ("± is the standard error: over pairs where there is one seed, over seeds where there are "
+         "several.")
 
 
 def table_1(runs):
-    rows, groups = [], {label: [] for label in PAPER_WIN} | arms(runs, "ppo") | arms(runs, "sft", "other")
-    judged = [run["annotations"][0] for run in runs if run["annotations"]]
-    references, judges = (" and ".join(sorted({str(row.get(name, "?")) for row in judged})) or "-"
-                          for name in ("generator_1", "annotator"))
-    for label in sorted(groups, key=rank):
-        if label == RLHF:  # where the paper has it
-            rows.append([f"the reference: Davinci003; ours: {references}", "50.0", "50.0", "", "", ""])
+    """Win rates against the reference"""
+    groups = {label: [] for label in PAPER_WIN}
+    groups |= arms(runs, "ppo")
+    groups |= arms(runs, "sft", "other")
+    judged = [run["annotations"] for run in runs if run["annotations"]]
+    references = values_of(judged, "generator_1")
+    judges = values_of(judged, "annotator")
+
+    rows = []
+    for label in sorted(groups, key=paper_order):
+        if label == RLHF:  # the paper has the reference here
+            name = f"the reference: Davinci003; ours: {references}"
+            rows.append([name, "50.0", "50.0", "", "", ""])
         figures = [rate(run["annotations"]) for run in groups[label]]
-        known = [f for f in figures if f]
-        steps = each([run["annotations"] and run["judged_at"] for run in groups[label] if run["kind"] == "ppo"], str)
-        if known or label in PAPER_WIN:
-            pairs = str(sum(f["n_total"] for f in known) or "-")
-            rows.append([label, PAPER_WIN.get(label, "-"), summed(known, "win_rate"),
-                         each([f and f["win_rate"] for f in figures]), steps, pairs])
-    unparsed = sum(row["preference"] is None for run in runs for row in run["annotations"] or [])
+        if any(figures) or label in PAPER_WIN:
+            rows.append(win_rate_row(label, groups[label], figures))
+
+    unparsed = 0
+    for annotations in judged:
+        unparsed += sum(row["preference"] is None for row in annotations)
     header = ["Model", "Paper", "Ours", "Each seed", "PPO steps", "Pairs"]
-    return ("Table 1. Win rate against the reference (%)", header, rows, f"Judge: Claude in the paper, here {judges}. "
-            f"{unparsed} pairs without a readable verdict are not counted. {SEEDS}")
+    note = (f"Judge: Claude in the paper, here {judges}. {unparsed} pairs without a readable "
+            f"verdict are not counted. {SEEDS}")
+    return "Table 1. Win rate against the reference (%)", header, rows, note
+
+
+def values_of(judged, name):
+    """All values of a field in the first annotation of each run: "a and b", or "-" """
+    values = {str(annotations[0].get(name, "?")) for annotations in judged}
+    return " and ".join(sorted(values)) or "-"
+
+
+def win_rate_row(label, mine, figures):
+    """A row of Table 1. mine: the runs of the arm; figures: win_rate of each, or None"""
+    known = [f for f in figures if f]
+    rates = [f["win_rate"] if f else None for f in figures]
+    steps = []
+    for run in mine:
+        if run["kind"] == "ppo":
+            steps.append(run["judged_at"] if run["annotations"] else None)
+    pairs = sum(f["n_total"] for f in known)
+    ours = figure_over_seeds(known, "win_rate")
+    row = [label, PAPER_WIN.get(label, "-"), ours]
+    return [*row, each(rates), each(steps, str), str(pairs or "-")]
 
 
 def table_paired(runs, seed):
-    groups, rows = arms(runs, "ppo"), []
+    """Differences between two arms on the same questions. seed: of the bootstrap"""
+    groups = arms(runs, "ppo")
+    rows = []
     for a, b, paper in ((TOKEN, RLHF, "+5.1"), (FINE, RLHF, "+4.7"), (TOKEN, FINE, "+0.4")):
-        found = []
-        for run in groups.get(a, []):
-            other = next((r for r in groups.get(b, []) if r["seed"] == run["seed"]), None)
-            mine, theirs = run["annotations"], other and other["annotations"]
-            if mine and theirs and [row["output_1"] for row in mine] == [row["output_1"] for row in theirs]:
-                found.append(paired(*([row["preference"] for row in rows] for rows in (mine, theirs)), seed=seed))
-        one = found[0] if len(found) == 1 else {}
-        rows.append([f"{a} − {b}", paper, summed(found, "difference"),
-                     each([f["difference"] for f in found], "{:+.1f}".format),
-                     f"{one['low']:+.1f} to {one['high']:+.1f}" if one.get("low") is not None else "-"])
+        found = differences(groups.get(a, []), groups.get(b, []), seed)
+        interval = "-"
+        if len(found) == 1 and found[0]["low"] is not None:
+            interval = f"{found[0]['low']:+.1f} to {found[0]['high']:+.1f}"
+        ours = figure_over_seeds(found, "difference")
+        seeds = each(column(found, "difference"), "{:+.1f}".format)
+        rows.append([f"{a} − {b}", paper, ours, seeds, interval])
     header = ["", "Paper", "Ours", "Each seed", "95% (one seed)"]
-    return ("Differences in win rate (points), on the same questions", header, rows, "The paper's are differences of "
-            "its Table 1, with no error given. Ours are paired: both models answered the same questions. " + SEEDS)
+    note = ("The paper's are differences of its Table 1, with no error given. Ours are paired: "
+            f"both models answered the same questions. {SEEDS}")
+    return "Differences in win rate (points), on the same questions", header, rows, note
+
+
+def differences(runs, others, seed):
+    """paired() of the runs of one arm with those of another, seed by seed. A seed is left out if
+    either run was not judged, or if they were judged against different answers"""
+    found = []
+    for run in runs:
+        same_seed = [other for other in others if other["seed"] == run["seed"]]
+        mine = run["annotations"]
+        theirs = same_seed[0]["annotations"] if same_seed else None
+        if not mine or not theirs:
+            continue
+        if column(mine, "output_1") == column(theirs, "output_1"):
+            a = column(mine, "preference")
+            b = column(theirs, "preference")
+            found.append(paired(a, b, seed=seed))
+    return found
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
 
 
 def table_2(runs, folders):
-    def of(runs, kind):
-        return [f for run in runs for f in [f for f in run["rewards"] if f.get("kind") == kind][:1]]
-    rows, groups = [], arms(runs, "reward model")
-    for label in sorted({*groups, *PAPER_ACCURACY}, key=lambda label: (rank(label), label)):
-        originals, edits = (of(groups.get(label, []), kind) for kind in ("preferences", "edits"))
-        rows.append([label, PAPER_ACCURACY.get(label, "-"), summed(originals, "accuracy"), summed(edits, "accuracy"),
-                     each([f["accuracy"] for f in originals])])
-    originals, edits = of(runs, "preferences"), of(runs, "edits")
+    """Accuracy of the reward models, and of what a reward model has to beat"""
+    groups = arms(runs, "reward model")
+    labels = sorted({*groups, *PAPER_ACCURACY}, key=lambda label: (paper_order(label), label))
+    rows = []
+    for label in labels:
+        mine = groups.get(label, [])
+        originals = reward_figures(mine, "preferences")
+        edits = reward_figures(mine, "edits")
+        row = [label, PAPER_ACCURACY.get(label, "-")]
+        row.append(figure_over_seeds(originals, "accuracy"))
+        row.append(figure_over_seeds(edits, "accuracy"))
+        row.append(each(column(originals, "accuracy")))
+        rows.append(row)
+
+    # Two rules that read no word
+    originals = reward_figures(runs, "preferences")
+    edits = reward_figures(runs, "edits")
     if originals or edits:
-        longer = (f"{found[0]['longer_wins']:.1f}" if found else "-" for found in (originals, edits))
+        longer = [longer_wins(originals), longer_wins(edits)]
+        always = "100.0" if edits else "-"
         rows.append(["the longer answer wins", "-", *longer, "-"])
-        rows.append(["always the edited one", "-", "-", "100.0" if edits else "-", "-"])
-    places = sorted({run["path"].parent for run in runs} | set(map(Path, folders)))
-    bags = [json.loads(file.read_text()) for place in places if (file := place / "bag_of_tokens.json").exists()]
+        rows.append(["always the edited one", "-", "-", always, "-"])
+
+    # A reward that reads no prompt
+    places = {run["path"].parent for run in runs}
+    bags = read_bags(places | set(map(Path, folders)))
     if bags:
         shares = [100 * bag["accuracy"] for bag in bags]
-        errors = [100 * bag["standard_error"] if bag.get("standard_error") else None for bag in bags]
-        rows.append(["a bag of tokens, without the prompt", "-", over_seeds(shares, errors), "-", each(shares)])
+        errors = []
+        for bag in bags:
+            error = bag.get("standard_error")
+            errors.append(100 * error if error else None)
+        mean = over_seeds(shares, errors)
+        rows.append(["a bag of tokens, without the prompt", "-", mean, "-", each(shares)])
+
     header = ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"]
-    return ("Table 2. Accuracy of the reward model (%)", header, rows, "The paper's figure is on its evaluation set; "
-            "ours, on held-out pairs of the original kind, is the one to compare. On edited pairs the order alone "
-            "gives 100%. " + SEEDS)
+    note = ("The paper's figure is on its evaluation set; ours, on held-out pairs of the original "
+            "kind, is the one to compare. On edited pairs the order alone gives 100%. " + SEEDS)
+    return "Table 2. Accuracy of the reward model (%)", header, rows, note
+
+
+def reward_figures(runs, kind):
+    """Of each run the figures of its first file of this kind of pairs, "preferences" or "edits" """
+    found = []
+    for run in runs:
+        of_kind = [figures for figures in run["rewards"] if figures.get("kind") == kind]
+        found += of_kind[:1]
+    return found
+
+
+def longer_wins(figures):
+    """How often the longer answer is the better one, in percent: the same for every model"""
+    return f"{figures[0]['longer_wins']:.1f}" if figures else "-"
+
+
+def read_bags(folders):
+    files = [folder / "bag_of_tokens.json" for folder in sorted(folders)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def table_3(runs, target=None):
-    def best(run):  # -> its highest win rate, and the first step that has it
-        along = [(figures["win_rate"], -step) for step, figures in checkpoints(run, runs) if step]
-        return (max(along)[0], -max(along)[1]) if along else (None, None)
+    """Steps and hours of training. target: a win rate in percent that every arm is timed to"""
+    reward_models = arms(runs, "reward model")
+    ppos = arms(runs, "ppo")
+    rows = []
 
-    def reached(run, score):
-        return next((step for step, f in checkpoints(run, runs) if step and f["win_rate"] >= score), None)
+    # The reward models: all steps
+    for name, label, paper in (("RLHF", RM_RLHF, "0.2"), ("Fine-grained RLHF", RM_TOKEN, "0.3")):
+        found = [(run, run["steps"]) for run in reward_models.get(label, [])]
+        rows.append(time_row(name, "RM", paper, found))
 
-    def row(name, step, paper, found):  # found: (run, steps or None) of each seed
-        known = [(run, steps) for run, steps in found if steps]
-        times = [seconds_until(run, steps) for run, steps in known]
-        mean = statistics.fmean(times) if times and None not in times else None
-        missed = f" ({len(found) - len(known)} of {len(found)} never)" if len(known) < len(found) else ""
-        return [name, step, paper, each([steps for _, steps in found], str) + missed, duration(mean),
-                "-" if mean is None else f"{mean / 3600:.3f}"]
+    # Each arm to its own best: the paper's first, then all others
+    for label in dict.fromkeys([RLHF, TOKEN, FINE, *ppos]):
+        found = [(run, best_step(run, runs)[0]) for run in ppos.get(label, [])]
+        paper = {RLHF: "4", TOKEN: "2"}.get(label, "-")
+        rows.append(time_row(f"{label}, to its own best", "PPO", paper, found))
 
-    rms, ppos = arms(runs, "reward model"), arms(runs, "ppo")
-    rows = [row(name, "RM", paper, [(run, run["steps"]) for run in rms.get(label, [])])
-            for name, label, paper in (("RLHF", RM_RLHF, "0.2"), ("Fine-grained RLHF", RM_TOKEN, "0.3"))]
-    for label in {RLHF: 0, TOKEN: 0, FINE: 0} | ppos:
-        found = [(run, best(run)[1]) for run in ppos.get(label, [])]
-        rows.append(row(f"{label}, to its own best", "PPO", {RLHF: "4", TOKEN: "2"}.get(label, "-"), found))
+    # Each arm to the best of another, seed by seed
     for label, other in ((TOKEN, RLHF), (TOKEN, FINE), (FINE, RLHF)):
-        scores = {run["seed"]: best(run)[0] for run in ppos.get(other, [])}
-        found = [(run, reached(run, scores[run["seed"]])) for run in ppos.get(label, []) if scores.get(run["seed"])]
-        rows.append(row(f"{label}, to the best of {other}", "PPO", "-", found))
-    for label in ppos if target is not None else []:
-        rows.append(row(f"{label}, to {target:g}%", "PPO", "-", [(run, reached(run, target)) for run in ppos[label]]))
+        goals = {run["seed"]: best_step(run, runs)[1] for run in ppos.get(other, [])}
+        found = []
+        for run in ppos.get(label, []):
+            goal = goals.get(run["seed"])
+            if goal:
+                found.append((run, first_step_with(goal, run, runs)))
+        rows.append(time_row(f"{label}, to the best of {other}", "PPO", "-", found))
+
+    if target is not None:
+        for label, mine in ppos.items():
+            found = [(run, first_step_with(target, run, runs)) for run in mine]
+            rows.append(time_row(f"{label}, to {target:g}%", "PPO", "-", found))
+
     header = ["Model", "Step", "Paper, h", "Our steps, each seed", "Our time", "h"]
-    return ("Table 3. Training efficiency", header, rows,
-            "Best: the highest win rate of the models that were kept along training (the judge's own noise included), "
-            "so steps are known to the nearest kept model. Time: training alone, mean of the seeds, on the hardware "
-            "named below.")
+    note = ("Best: the highest win rate of the models that were kept along training (the judge's "
+            "own noise included), so steps are known to the nearest kept model. Time: training "
+            "alone, mean of the seeds, on the hardware named below.")
+    return "Table 3. Training efficiency", header, rows, note
+
+
+def best_step(run, runs):
+    """-> (first step with the run's highest win rate, that win rate); (None, None) if not judged"""
+    trained = [(step, f["win_rate"]) for step, f in checkpoints(run, runs) if step]
+    if not trained:
+        return None, None
+    return max(trained, key=lambda pair: (pair[1], -pair[0]))
+
+
+def first_step_with(goal, run, runs):
+    """The first kept step whose win rate is at least the goal (percent), or None"""
+    for step, figures in checkpoints(run, runs):
+        if step and figures["win_rate"] >= goal:
+            return step
+    return None
+
+
+def time_row(name, stage, paper, found):
+    """A row of Table 3. found: (run, steps) of each seed; steps is None where it never got there"""
+    reached = [(run, steps) for run, steps in found if steps]
+    each_seed = each([steps for _, steps in found], str)
+    if len(reached) < len(found):
+        each_seed += f" ({len(found) - len(reached)} of {len(found)} never)"
+    row = [name, stage, paper, each_seed]
+
+    times = [seconds_until(run, steps) for run, steps in reached]
+    if not times or None in times:
+        return [*row, "-", "-"]
+    mean = statistics.fmean(times)
+    return [*row, duration(mean), f"{mean / 3600:.3f}"]
 
 
 def table_rewards(runs):
-    def figure(f, name, digits):
-        group = (f.get("tokens") or {}).get(name) or {}
-        return pm(group.get("auroc", group.get("mean")), group.get("standard_error", group.get("sd")), digits)
-    rows = [[f"{Path(run['seed']).name}/{run['name']}", Path(str(f.get("data", "?"))).name, str(f.get("n", "-")),
-             pm(f.get("accuracy"), f.get("standard_error")), pm((f.get("calibration") or {}).get("ece"), None, 3),
-             *(figure(f, name, 3) for name in ("removed", "added", "error_spans")),
-             *(figure(f, name, 2) for name in ("unchanged", "eos"))]
-            for mine in arms(runs, "reward model").values() for run in mine for f in run["rewards"]]
-    header = ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added", "AUROC spans",
-              "r on U₀ (± sd)", "r at EOS"]
-    return ("Reward models, closer", header, rows, "AUROC: does −r find the tokens that people took away (removed) or "
-            "marked as wrong (spans), r those they put in (added); 0.5 is chance. For a sequence model, the "
+    """All figures of all reward models, for the page"""
+    rows = []
+    for mine in arms(runs, "reward model").values():
+        for run in mine:
+            rows += [rewards_row(run, figures) for figures in run["rewards"]]
+    header = ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added",
+              "AUROC spans", "r on U₀ (± sd)", "r at EOS"]
+    note = ("AUROC: does −r find the tokens that people took away (removed) or marked as wrong "
+            "(spans), r those they put in (added); 0.5 is chance. For a sequence model, the "
             "differences of its prefix scores stand for r.")
+    return "Reward models, closer", header, rows, note
+
+
+def rewards_row(run, figures):
+    """A row of table_rewards: the figures of one run on one file of pairs"""
+    data = Path(str(figures.get("data", "?"))).name
+    accuracy = pm(figures.get("accuracy"), figures.get("standard_error"))
+    calibration = figures.get("calibration") or {}
+    name = f"{Path(run['seed']).name}/{run['name']}"
+    row = [name, data, str(figures.get("n", "-")), accuracy]
+    row.append(pm(calibration.get("ece"), None, 3))
+
+    tokens = figures.get("tokens") or {}
+    for name in ("removed", "added", "error_spans"):
+        group = tokens.get(name) or {}
+        row.append(pm(group.get("auroc"), group.get("standard_error"), 3))
+    for name in ("unchanged", "eos"):
+        group = tokens.get(name) or {}
+        row.append(pm(group.get("mean"), group.get("sd"), 2))
+    return row
 
 
 # ---------------------------------------------------------------- the report
 
 def write_report(cfg):
+    """Print the tables, write the page and, next to it, the tables as Markdown"""
     if not cfg.data:
         fail("report needs run folders, or folders that hold them: python evaluate.py report out")
     for path in cfg.data:
         check_input(path, "data", "bash demo.sh")
     out = Path(cfg.out)
+    markdown_file = out.with_suffix(".md")
     if out.suffix != ".html":
         fail(f"--out={out} must end in .html")
-    for path, mark in ((out, MARK), (out.with_suffix(".md"), "**Table 1. ")):
+
+    # Never replace a file that we did not write.
+    for path, mark in ((out, MARK), (markdown_file, "**Table 1. ")):
         if not cfg.overwrite and not is_ours(path, mark):
-            fail(f"{path} is no report of ours; choose another --out, or replace it with --overwrite=true")
+            fail(f"{path} is no report of ours; choose another --out, or replace it with "
+                 "--overwrite=true")
     runs = read_runs(cfg.data)
     if not runs:
-        fail(f"no run in {', '.join(cfg.data)} (no run.json, annotations.jsonl, rewards.json); bash demo.sh makes one")
-    tables = [table_1(runs), table_paired(runs, cfg.seed), table_2(runs, cfg.data), table_3(runs, cfg.target)]
+        fail(f"no run in {', '.join(cfg.data)} (no run.json, annotations.jsonl, rewards.json); "
+             "bash demo.sh makes one")
+
+    tables = [table_1(runs), table_paired(runs, cfg.seed)]
+    tables += [table_2(runs, cfg.data), table_3(runs, cfg.target)]
     closer = table_rewards(runs)
-    say("\n\n\n".join(map(as_markdown if cfg.markdown else as_text, tables)))
+    show_table = as_markdown if cfg.markdown else as_text
+    say("\n\n\n".join(map(show_table, tables)))
+
     markdown = "\n\n".join(map(as_markdown, [*tables, closer])) + "\n"
-    for path, text in ((out, page(runs, tables, closer)), (out.with_suffix(".md"), markdown)):
+    pages = {out: page(runs, tables, closer), markdown_file: markdown}
+    for path, text in pages.items():
         with replacing(path) as file:
             file.write(whole_characters(text))
-    say(f"\n{out} and {out.with_suffix('.md')}")
+    say(f"\n{out} and {markdown_file}")
