@@ -2,15 +2,7 @@
 
 The fields, their types and defaults are the stage's own Config. A mistake is one line, exit code 2.
 """
-import difflib
-import errno
-import importlib
-import inspect
-import os
-import sys
-import tomllib
-import types
-import typing
+import difflib, errno, importlib, inspect, os, sys, tomllib, types, typing
 from pathlib import Path
 
 from plumbing.ranks import fail
@@ -23,12 +15,8 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
 # Fields that hold a path, so that a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
          "train").split()
-
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
-DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
-
-# ---------------------------------------------------------------- the command line
 
 def load_config(Config, table, argv=None):
     """Config from its defaults, then the presets and flags of argv; later values win.
@@ -36,24 +24,23 @@ def load_config(Config, table, argv=None):
     table: the table of a preset that this stage reads; a copy under another file name reads the
     same. A positional argument that ends in .toml is a preset; any other is `data`."""
     sys.excepthook = one_line
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
         print(sys.modules[Config.__module__].__doc__ + "\n" + inspect.getsource(Config))
         raise SystemExit(0)
 
     kinds = typing.get_type_hints(Config)
     values = {}
     positional = []
-    words = list(argv)
     while words:
         word = words.pop(0)
         if word.startswith("--"):
             name, text = read_flag(word, words, kinds)
             values[name] = parse(name, text, kinds[name], "command line")
         elif word.endswith(".toml"):
-            for name, value in read_preset(word, table).items():
-                where = f"{word} [{table}]"
-                name = known(name, kinds, where)
+            where = f"{word} [{table}]"
+            for given, value in read_preset(word, table).items():
+                name = known(given, kinds, where)
                 values[name] = parse(name, value, kinds[name], where)
         elif word.startswith("-") and word != "-":
             fail(f"command line: unknown option {word!r}; an option is written --name=value")
@@ -73,9 +60,7 @@ def read_flag(word, words, kinds):
     name = known(name, kinds, "command line")
     if equals:
         return name, text
-    if kinds[name] is bool:
-        if words and words[0].lower() in BOOLS:
-            return name, words.pop(0)
+    if kinds[name] is bool and (not words or words[0].lower() not in BOOLS):
         return name, "true"
     if not words or words[0].startswith("--"):
         fail(f"command line: --{name} needs a value: write --{name}=value")
@@ -95,65 +80,6 @@ def did_you_mean(name, names, form="{!r}"):
     return f". Did you mean {form.format(near[0])}?" if near else f"; there are: {', '.join(names)}"
 
 
-# ---------------------------------------------------------------- values
-
-def parse(name, given, kind, where):
-    """A value as the field's annotated type, never guessed from the text itself.
-
-    given: the text of a flag, a list of positional words, or a preset's value."""
-    where = f"{where}: {name}"
-    if typing.get_origin(kind) is list:
-        item_kind = typing.get_args(kind)[0]
-        return [parse_text(text, item_kind, where) for text in items(name, given)]
-    if isinstance(given, list):
-        if len(given) > 1:
-            fail(f"{where} takes one value, got {len(given)}: {' '.join(map(str, given))}")
-        given = given[0] if given else ""
-    return parse_text(home(name, str(given)), kind, where)
-
-
-def items(name, given):
-    """The items of a list: of a text that names an existing path one, of any other its parts
-    between commas"""
-    found = []
-    for text in given if isinstance(given, list) else [given]:
-        text = home(name, str(text))
-        if text in ("", "[]"):
-            continue
-        if "," not in text or Path(text).exists():
-            found.append(text)
-        else:
-            found += [home(name, part) for part in text.split(",")]
-    return found
-
-
-def home(name, text):
-    """A leading ~ becomes the home folder, in fields that are paths"""
-    return os.path.expanduser(text) if name in PATHS else text
-
-
-def parse_text(text, kind, where):
-    """A text as a bool, an int, a float, a str, one of a Literal's words, or None"""
-    origin = typing.get_origin(kind)
-    args = typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):  # X | None
-        if text == "None":
-            return None
-        kind = next(arg for arg in args if arg is not type(None))
-        return parse_text(text, kind, where)
-    if origin is typing.Literal:
-        if text not in args:
-            fail(f"{where} must be one of {', '.join(args)}, got {text!r}")
-        return text
-    try:
-        return BOOLS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        hint = " (true or false)" if kind is bool else ""
-        fail(f"{where} must be {kind.__name__}{hint}, got {text!r}")
-
-
-# ---------------------------------------------------------------- presets
-
 def read_preset(path, table):
     """field -> value of one [table] of a preset. A table that no stage reads is an error."""
     try:
@@ -167,22 +93,57 @@ def read_preset(path, table):
             inner = {key: value for key, value in content.items() if isinstance(value, dict)}
             tables |= {f"{name}.{key}": value for key, value in inner.items()}
 
+    script = Path(sys.argv[0])
     for name, content in tables.items():
         if name not in TABLES or not isinstance(content, dict):
-            fail(f"{path}: {name!r} is not a table of a stage" + which_table(name, table))
-    content = tables.get(table, {})
-    return {key: value for key, value in content.items() if not isinstance(value, dict)}
+            hint = did_you_mean(name, TABLES, "[{}]")
+            if name == script.stem:
+                hint = f"; {script.name} reads [{table}]"
+            fail(f"{path}: {name!r} is not a table of a stage{hint}")
+    fields = tables.get(table, {}).items()
+    return {name: value for name, value in fields if not isinstance(value, dict)}
 
 
-def which_table(name, table):
-    """What to write in place of an unknown table"""
-    script = Path(sys.argv[0])
-    if name == script.stem:
-        return f"; {script.name} reads [{table}]"
-    return did_you_mean(name, TABLES, "[{}]")
+def parse(name, given, kind, where):
+    """A value as the field's annotated type, never guessed from the text itself.
+
+    given: the text of a flag, a list of positional words, or a preset's value. The items of a list
+    are divided by commas, unless the text names an existing path."""
+    where = f"{where}: {name}"
+    texts = [str(text) for text in (given if isinstance(given, list) else [given])]
+    if typing.get_origin(kind) is not list:
+        if len(texts) > 1:
+            fail(f"{where} takes one value, got {len(texts)}: {' '.join(texts)}")
+        return parse_text(name, "".join(texts), kind, where)
+
+    items = []
+    for text in texts:
+        if "," in text and not Path(os.path.expanduser(text)).exists():
+            items += text.split(",")
+        elif text not in ("", "[]"):
+            items.append(text)
+    item_kind = typing.get_args(kind)[0]
+    return [parse_text(name, item, item_kind, where) for item in items]
 
 
-# ---------------------------------------------------------------- extras/, which may be deleted
+def parse_text(name, text, kind, where):
+    """A text as a bool, an int, a float, a str, one of a Literal's words, or None"""
+    args = typing.get_args(kind)
+    if name in PATHS:
+        text = os.path.expanduser(text)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
+        kind = next(arg for arg in args if arg is not type(None))
+        return None if text == "None" else parse_text(name, text, kind, where)
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in args:
+            fail(f"{where} must be one of {', '.join(args)}, got {text!r}")
+        return text
+    try:
+        return BOOLS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        hint = " (true or false)" if kind is bool else ""
+        fail(f"{where} must be {kind.__name__}{hint}, got {text!r}")
+
 
 def extra(name, needed_by):
     """A module of extras/: extra("memory.plan", "--plan"); one line where the folder is missing"""
@@ -194,27 +155,21 @@ def extra(name, needed_by):
         fail(f"{needed_by} needs the folder extras/ of this project, which is missing here")
 
 
-# ---------------------------------------------------------------- how a stage ends
-
 def one_line(kind, error, trace):
     """sys.excepthook: Ctrl-C and a full or read-only disk are one line, not a traceback"""
+    disk = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    full = "No space left on device"  # as safetensors says it, without an error number
     if kind is BrokenPipeError:  # `| head` has read enough
         os._exit(0)
     if kind is KeyboardInterrupt:
         overwrites = any(word.startswith("--overwrite") for word in sys.argv)
         without = ", without --overwrite," if overwrites else ""
         print(f"\ninterrupted: the same command{without} continues from here", file=sys.stderr)
-    elif is_disk_error(error):
+    elif (isinstance(error, OSError) and error.errno in disk) or full in str(error):
         where = getattr(error, "filename", None) or ""
-        why = getattr(error, "strerror", None) or "No space left on device"
-        script = Path(sys.argv[0]).name
-        print(f"{script}: cannot write {where}: {why}; what was written before is valid: free "
-              "some space (or choose another --out), run the same command again", file=sys.stderr)
+        why = getattr(error, "strerror", None) or full
+        print(f"{Path(sys.argv[0]).name}: cannot write {where}: {why}; what was written before is "
+              "valid: free some space (or choose another --out), run the same command again",
+              file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-
-
-def is_disk_error(error):
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return True
-    return "No space left on device" in str(error)  # as safetensors says it
