@@ -17,11 +17,11 @@ tokens     AUROC, as in `evaluate.py rewards`: which tokens of the original did 
 people     rewrites of one text by several people (rows of the train file with the same original):
            AUROC of "the share of the others who removed this token"
 """
-
 import re, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -37,57 +37,126 @@ from plumbing.ranks import fail, say
 @dataclass(frozen=True)
 class Config:
     train: str = "data/paradetox/edits_train.jsonl"  # edits to count tokens in
-    data: str = "data/paradetox/edits_test.jsonl"  # edits to test on
+    data: str = "data/paradetox/edits_test.jsonl"    # edits to test on
     tokenizer: str = "out/sft"
-    limit: int = 0  # only so many rows of the train file, as a reward model has seen; 0: all
+    limit: int = 0          # use only so many rows of the train file, as a reward model did; 0: all
     out: str | None = None  # a JSONL file for the one row of figures
-    resamples: int = 100  # of the pairs, for the standard error of an AUROC
-    seed: int = 0  # their draws
+    resamples: int = 100    # of the pairs, for the standard error of an AUROC
+    seed: int = 0           # of the resampling
+
+
+class Edit(NamedTuple):
+    original: str
+    edited: str
+    removed_ids: list       # ids of the original, EOS included
+    added_ids: list         # ids of the edited answer, EOS included
+    removed: list           # per id of the original: was it removed?
+    added: list             # per id of the edited answer: was it added?
 
 
 def read_edit_pairs(path, tokenizer, limit=0):
-    """-> [(original text, edited text, original ids, edited ids, original_changed,
-    edited_changed)]"""
-    rows = [
-        row for row in read_jsonl(path, EDIT_FIELDS) if row["edited"] not in (None, row["original"])
-    ]
-    pairs = []
-    for row in rows[: limit or None]:
-        l, w = (encode_response(tokenizer, row[name]) for name in ("original", "edited"))
-        pairs.append((row["original"], row["edited"], l, w, *align(l, w)))
-    if not pairs:
-        fail(f"{path}: no pairs in it")
-    return pairs
+    """-> list of Edit; edits that failed or changed nothing are left out. limit 0: all of them"""
+    rows = [row for row in read_jsonl(path, EDIT_FIELDS)
+            if row["edited"] not in (None, row["original"])]
+    if not rows:
+        fail(f"{path}: there are no pairs in it")
+    if limit:
+        rows = rows[:limit]
+    edits = []
+    for row in rows:
+        original_ids = encode_response(tokenizer, row["original"])
+        edited_ids = encode_response(tokenizer, row["edited"])
+        removed, added = align(original_ids, edited_ids)
+        edits.append(Edit(row["original"], row["edited"], original_ids, edited_ids, removed, added))
+    return edits
 
+
+# ---------------------------------------------------------------- which answer?
 
 def surface(text):
-    """Larger is more carefully written: no spaces before punctuation first, capital letters
-    second"""
-    return -len(re.findall(r"\s[.,!?;:']", text)), sum(c.isupper() for c in text)
+    """Larger is more carefully written: no spaces before punctuation, then capital letters"""
+    spaces = len(re.findall(r"\s[.,!?;:']", text))
+    capitals = sum(character.isupper() for character in text)
+    return -spaces, capitals
 
 
 def won(better, worse):
     """Is it right that `better` is larger? 100, 50 for a draw, 0"""
-    return 100.0 if better > worse else 50.0 if better == worse else 0.0
+    if better == worse:
+        return 50.0
+    return 100.0 if better > worse else 0.0
 
+
+# ---------------------------------------------------------------- which tokens?
 
 def careless(texts):
-    """1 for a token that surface() would fix, by the token and its place alone; texts: one per
-    token"""
-    return [
-        float(bool(re.match(r"\s[.,!?;:']", text)) or (k == 0 and text[:1].islower()))
-        for k, text in enumerate(texts)
-    ]
+    """1.0 for each token that surface() would change, else 0.0. texts: the text of each token"""
+    found = []
+    for place, text in enumerate(texts):
+        spaced = bool(re.match(r"\s[.,!?;:']", text))
+        small_start = place == 0 and text[:1].islower()
+        found.append(float(spaced or small_start))
+    return found
 
 
-def changes(pairs, ids, changed):
-    """How often each token stood in the answers, and how often it was changed there; the fields'
-    places in a pair"""
-    stood, was = Counter(), Counter()
-    for pair in pairs:
-        stood.update(pair[ids])
-        was.update(token for token, c in zip(pair[ids], pair[changed]) if c)
-    return stood, was
+def count_changes(edits, side):
+    """How often each token occurs in the answers, and how often it was changed there.
+
+    side: "removed" counts in the originals, "added" in the edited answers"""
+    occurred = Counter()
+    was_changed = Counter()
+    for edit in edits:
+        ids = getattr(edit, f"{side}_ids")
+        occurred.update(ids)
+        was_changed.update(id for id, changed in zip(ids, getattr(edit, side)) if changed)
+    return occurred, was_changed
+
+
+def token_figures(train, test, side, tokenizer, cfg):
+    """-> {"rare", "bag", "surface": AUROC and its error} of one side, "removed" or "added" """
+    occurred, was_changed = count_changes(train, side)
+    share = was_changed.total() / occurred.total()
+
+    def rare(ids):
+        return [-occurred[id] for id in ids]
+
+    def bag(ids):  # the prior: two more occurrences, changed as often as the average token
+        return [(was_changed[id] + 2 * share) / (occurred[id] + 2) for id in ids]
+
+    def by_surface(ids):  # an edit removes what is careless, and adds what is not
+        sign = 1 if side == "removed" else -1
+        return [sign * score for score in careless(token_texts(tokenizer, ids))]
+
+    figures = {}
+    for name, score in dict(rare=rare, bag=bag, surface=by_surface).items():
+        tokens = []  # (score, changed, number of the pair)
+        for number, edit in enumerate(test):
+            scores = score(getattr(edit, f"{side}_ids"))
+            for s, changed in zip(scores, getattr(edit, side)):
+                tokens.append((s, bool(changed), number))
+        figures[name] = token_auroc(tokens, resamples=cfg.resamples, seed=cfg.seed)
+    return figures
+
+
+def agreement(edits):
+    """Several people rewrote one text: does "the others removed it" tell who removed a token?
+
+    -> dict of auroc and texts, None if no text has two rewrites"""
+    rewrites = defaultdict(list)  # original -> the mask of each person
+    for edit in edits:
+        rewrites[edit.original].append(edit.removed)
+    shared = [masks for masks in rewrites.values() if len(masks) > 1]
+    if not shared:
+        return None
+
+    scores = []
+    removed = []
+    for masks in shared:
+        for token in zip(*masks):  # one token, each person's verdict
+            for own in token:
+                scores.append((sum(token) - own) / (len(token) - 1))
+                removed.append(bool(own))
+    return dict(auroc=auroc(torch.tensor(scores), torch.tensor(removed)), texts=len(shared))
 
 
 def main(cfg):
@@ -97,42 +166,23 @@ def main(cfg):
     train = read_edit_pairs(cfg.train, tokenizer, cfg.limit)
     test = read_edit_pairs(cfg.data, tokenizer)
     figures = dict(data=cfg.data, train=cfg.train, n=len(test), n_train=len(train))
-    for name, right in (
-        ("surface", [won(surface(w), surface(l)) for l, w, *_ in test]),
-        ("shorter", [won(-len(w), -len(l)) for _, _, l, w, *_ in test]),
-    ):
-        figures[f"accuracy_{name}"], figures[f"accuracy_{name}_error"] = mean_and_error(right)
-    for side, ids, changed, sign in (("removed", 2, 4, 1), ("added", 3, 5, -1)):
-        stood, was = changes(train, ids, changed)
-        share = was.total() / stood.total()
-        scores = {
-            "rare": lambda tokens: [-stood[t] for t in tokens],
-            "bag": lambda tokens: [
-                (was[t] + 2 * share) / (stood[t] + 2) for t in tokens
-            ],  # prior: two tokens
-            "surface": lambda tokens: [sign * s for s in careless(token_texts(tokenizer, tokens))],
-        }
-        for name, score in scores.items():
-            tokens = [
-                (s, bool(c), i)
-                for i, pair in enumerate(test)
-                for s, c in zip(score(pair[ids]), pair[changed])
-            ]
-            figures[f"{side}_{name}"] = token_auroc(tokens, resamples=cfg.resamples, seed=cfg.seed)
-    others = defaultdict(list)  # original -> the masks of its rewrites
-    for l, _, _, _, changed, _ in train:
-        others[l].append(changed)
-    shared = [masks for masks in others.values() if len(masks) > 1]
-    if shared:
-        agree = [
-            ((sum(column) - own) / (len(column) - 1), bool(own))
-            for masks in shared
-            for column in zip(*masks)
-            for own in column
-        ]
-        figures["removed_people"] = dict(
-            auroc=auroc(*map(torch.tensor, zip(*agree))), texts=len(shared)
-        )
+
+    # Which of the two answers is the edited one?
+    careful_wins = [won(surface(edit.edited), surface(edit.original)) for edit in test]
+    shorter_wins = [won(-len(edit.added_ids), -len(edit.removed_ids)) for edit in test]
+    for name, right in dict(surface=careful_wins, shorter=shorter_wins).items():
+        mean, error = mean_and_error(right)
+        figures[f"accuracy_{name}"] = mean
+        figures[f"accuracy_{name}_error"] = error
+
+    # Which tokens did it change?
+    for side in ("removed", "added"):
+        for name, figure in token_figures(train, test, side, tokenizer, cfg).items():
+            figures[f"{side}_{name}"] = figure
+    people = agreement(train)
+    if people:
+        figures["removed_people"] = people
+
     for name, value in figures.items():
         say(f"{name:26}{value}")
     if cfg.out:

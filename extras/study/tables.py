@@ -2,11 +2,10 @@
 
     python extras/study/tables.py --data=out/study --out=EXPERIMENTS.md
 
-It replaces the text between the two marks in EXPERIMENTS.md.
-Read are metrics.jsonl, run.json, rewards.json and RUN.cpu.jsonl. Means over seeds with their
-standard error; where there is one seed, its value and the error over its pairs.
+It replaces the text between the two marks in EXPERIMENTS.md. It reads metrics.jsonl, run.json,
+rewards.json and RUN.cpu.jsonl. The figures are means over seeds with their standard error; if there
+is only one seed, its value and the error over its pairs.
 """
-
 import json, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from plumbing.files import check_input, replacing
 from plumbing.ranks import fail, say
 from plumbing.record import logged, record_of
 
-BEGIN, END = "<!-- tables: python extras/study/tables.py -->", "<!-- end of the tables -->"
+BEGIN = "<!-- tables: python extras/study/tables.py -->"
+END = "<!-- end of the tables -->"
 NAMES = {
     "sequence": "sequence level",
     "eq3": "Eq. 3",
@@ -44,229 +44,208 @@ class Config:
     overwrite: bool = False
 
 
+# ---------------------------------------------------------------- what the run folders say
+
 def read_reward_model(folder):
     """What the tables need of one reward model's folder"""
-    cpu, record = Path(f"{folder}.cpu.jsonl"), record_of(folder)
-    return dict(
-        figures=json.loads((folder / "rewards.json").read_text()),
-        config=record["config"],
-        pairs=record["pairs"],
-        metrics=logged(folder / "metrics.jsonl"),
-        cpu_min=sum(row["cpu_s"] for row in logged(cpu) if row["stage"] == "reward_model.py") / 60,
-    )
+    record = record_of(folder)
+    cpu_s = 0.0
+    for row in logged(Path(f"{folder}.cpu.jsonl")):
+        if row["stage"] == "reward_model.py":
+            cpu_s += row["cpu_s"]
+    return dict(figures=json.loads((folder / "rewards.json").read_text()), config=record["config"],
+                pairs=record["pairs"], metrics=logged(folder / "metrics.jsonl"), cpu_min=cpu_s / 60)
 
 
-def runs_of(folder):
+def runs_by_arm(folder):
     """arm -> its runs, one per seed: <folder>/seed*/<arm>/rewards.json"""
     found = {}
     for path in sorted(Path(folder).glob("seed*/*/rewards.json")):
-        found.setdefault(path.parent.name, []).append(read_reward_model(path.parent))
+        runs = found.setdefault(path.parent.name, [])
+        runs.append(read_reward_model(path.parent))
     return found
 
 
-def cell_over_seeds(values, errors, digits):
-    """[value per seed] -> "mean ± its standard error over seeds"; one seed: its value and its own
-    error"""
-    if None in values or not values:
+# ---------------------------------------------------------------- cells
+
+def cell_over_seeds(figures, name, digits):
+    """A figure of each seed -> "mean ± standard error over seeds"; of one seed: its own error"""
+    values = [figure[name] for figure in figures]
+    if not values or None in values:
         return "-"
-    return (
-        pm(values[0], errors[0], digits)
-        if len(values) == 1
-        else pm(*mean_and_error(values), digits)
-    )
+    if len(values) == 1:
+        return pm(values[0], figures[0]["standard_error"], digits)
+    return pm(*mean_and_error(values), digits)
 
 
-def cell(runs, name, digits=3):
-    """A group of token figures, as in evaluate.py rewards, over the runs of an arm"""
+def auroc_cell(runs, name):
+    """The AUROC of a group of tokens ("removed", ...), as in evaluate.py rewards"""
     groups = [(run["figures"][0].get("tokens") or {}).get(name) for run in runs]
     if None in groups:
         return "-"
-    errors = [g["standard_error"] for g in groups]
-    return cell_over_seeds([g["auroc"] for g in groups], errors, digits)
+    return cell_over_seeds(groups, "auroc", 3)
 
 
-def spread(runs, name):
-    """Mean r of a group, and for U_0 its standard deviation over tokens"""
+def reward_cell(runs, name):
+    """The mean r of a group of tokens and, where it is known, the standard deviation over tokens"""
     groups = [run["figures"][0]["tokens"][name] for run in runs]
-    if any(g["mean"] is None for g in groups):
+    if any(group["mean"] is None for group in groups):
         return "-"
-    mean = sum(g["mean"] for g in groups) / len(groups)
-    return f"{mean:+.2f}" + (
-        f" (sd {sum(g['sd'] for g in groups) / len(groups):.2f})" if "sd" in groups[0] else ""
-    )
+    mean = sum(group["mean"] for group in groups) / len(groups)
+    if "sd" not in groups[0]:
+        return f"{mean:+.2f}"
+    sd = sum(group["sd"] for group in groups) / len(groups)
+    return f"{mean:+.2f} (sd {sd:.2f})"
 
 
-def table(header, rows):
-    def line(cells):
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+def cpu_cell(runs):
+    minutes = sum(run["cpu_min"] for run in runs) / len(runs)
+    return f"{minutes:.1f}"
 
 
-def losses(title, folder, *, spans=False, alike=True):
-    """One row per loss; alike: all on the same pairs and steps"""
-    arms = runs_of(folder)
+def steps_of(run):
+    return 1 + run["metrics"][-1]["step"]
+
+
+def markdown_line(cells):
+    escaped = [str(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def markdown_table(header, rows):
+    lines = [markdown_line(header), "|" + "---|" * len(header)]
+    lines += [markdown_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the tables
+
+def table_of_losses(title, folder, *, spans=False, alike=True):
+    """One row per loss. spans: also the spans that people marked. alike: all runs have the same
+    pairs and steps, named in the note; otherwise each row has columns for them"""
+    arms = runs_by_arm(folder)
     if not arms:
         return ""
+
+    header = ["loss"]
+    if not alike:
+        header += ["pairs", "steps", "lr (head: times)"]
+    header += ["accuracy, %", "AUROC removed", "AUROC added"]
+    if spans:
+        header.append("AUROC marked spans")
+    header += ["r on U_0", "r at EOS", "seeds", "CPU min"]
+
     rows = []
-    for arm in [arm for arm in NAMES if arm in arms]:
+    for arm, name in NAMES.items():
+        if arm not in arms:
+            continue
         runs = arms[arm]
-        first = [run["figures"][0] for run in runs]
-        setting = [
-            runs[0]["pairs"],
-            f"{1 + runs[0]['metrics'][-1]['step']} of {runs[0]['config']['batch']}",
-            f"{runs[0]['config']['lr']:g} ({runs[0]['config'].get('head_lr_factor', 1.0):g})",
-        ]
-        accuracy = cell_over_seeds(
-            [f["accuracy"] for f in first], [f["standard_error"] for f in first], 1
-        )
-        rows.append(
-            [
-                NAMES[arm],
-                *([] if alike else setting),
-                accuracy,
-                cell(runs, "removed"),
-                cell(runs, "added"),
-                *([cell(runs, "error_spans")] if spans else []),
-                spread(runs, "unchanged"),
-                spread(runs, "eos"),
-                len(runs),
-                f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}",
-            ]
-        )
+        config = runs[0]["config"]
+        row = [name]
+        if not alike:
+            row += [runs[0]["pairs"], f"{steps_of(runs[0])} of {config['batch']}",
+                    f"{config['lr']:g} ({config.get('head_lr_factor', 1.0):g})"]
+        row.append(cell_over_seeds([run["figures"][0] for run in runs], "accuracy", 1))
+        row += [auroc_cell(runs, "removed"), auroc_cell(runs, "added")]
+        if spans:
+            row.append(auroc_cell(runs, "error_spans"))
+        row += [reward_cell(runs, "unchanged"), reward_cell(runs, "eos")]
+        row += [len(runs), cpu_cell(runs)]
+        rows.append(row)
+
     run = next(iter(arms.values()))[0]
-    of, steps = run["figures"][0], 1 + run["metrics"][-1]["step"]
     config = run["config"]
-    same = (f"{run['pairs']} pairs, {steps} steps of {config['batch']}, lr {config['lr']:g}; "
-            "tested on ")
-    note = (
-        f"{same if alike else 'Tested on '}{of['n']} others. CPU minutes: of the training. "
-        f"Longer answer wins: {of['longer_wins']:.1f}%."
-    )
-    header = [
-        "loss",
-        *([] if alike else ["pairs", "steps", "lr (head: times)"]),
-        "accuracy, %",
-        "AUROC removed",
-        "AUROC added",
-        *(["AUROC marked spans"] if spans else []),
-        "r on U_0",
-        "r at EOS",
-        "seeds",
-        "CPU min",
-    ]
-    return f"### {title}\n\n{table(header, rows)}\n\n{note}\n"
+    tested = run["figures"][0]
+    note = "Tested on "
+    if alike:
+        note = (f"{run['pairs']} pairs, {steps_of(run)} steps of {config['batch']}, "
+                f"lr {config['lr']:g}; tested on ")
+    note += (f"{tested['n']} others. CPU minutes: of the training. "
+             f"Longer answer wins: {tested['longer_wins']:.1f}%.")
+    return f"### {title}\n\n{markdown_table(header, rows)}\n\n{note}\n"
 
 
-def baselines(folder):
+def table_of_baselines(folder):
     """What needs no reward model, from extras/study/baselines.py"""
-    found = sorted(
-        (logged(path)[0] for path in Path(folder).glob("baselines_*.jsonl")),
-        key=lambda f: f["n_train"],
-    )
-    if not found:
+    files = [logged(path)[0] for path in Path(folder).glob("baselines_*.jsonl")]
+    if not files:
         return ""
+    files.sort(key=lambda figures: figures["n_train"])
+    largest = files[-1]
 
-    def aurocs(f, name):
-        groups = [f[f"{side}_{name}"] for side in ("removed", "added")]
-        return [pm(group["auroc"], group["standard_error"], 3) for group in groups]
+    def aurocs(figures, name):
+        removed = figures[f"removed_{name}"]
+        added = figures[f"added_{name}"]
+        return [pm(removed["auroc"], removed["standard_error"], 3),
+                pm(added["auroc"], added["standard_error"], 3)]
 
     def accuracy(name):
-        return pm(found[-1][f"accuracy_{name}"], found[-1][f"accuracy_{name}_error"])
+        return pm(largest[f"accuracy_{name}"], largest[f"accuracy_{name}_error"])
 
-    rows = [
-        ["spacing and capitals alone", accuracy("surface"), *aurocs(found[-1], "surface")],
-        ["the shorter one wins", accuracy("shorter"), "-", "-"],
-        ["rare in the train file", "-", *aurocs(found[-1], "rare")],
-    ]
-    rows += [
-        [f"a bag of tokens, {f['n_train']} pairs counted", "-", *aurocs(f, "bag")] for f in found
-    ]
-    people = found[-1].get("removed_people")
+    header = ["without a reward model", "accuracy, %", "AUROC removed", "AUROC added"]
+    rows = [["spacing and capitals alone", accuracy("surface"), *aurocs(largest, "surface")],
+            ["the shorter one wins", accuracy("shorter"), "-", "-"],
+            ["rare in the train file", "-", *aurocs(largest, "rare")]]
+    for figures in files:
+        name = f"a bag of tokens, {figures['n_train']} pairs counted"
+        rows.append([name, "-", *aurocs(figures, "bag")])
+    people = largest.get("removed_people")
     if people:
-        rows.append(
-            [
-                f"what others took out of the same text, {people['texts']} texts of the train file",
-                "-",
-                f"{people['auroc']:.3f}",
-                "-",
-            ]
-        )
-    return (
-        table(["without a reward model", "accuracy, %", "AUROC removed", "AUROC added"], rows)
-        + "\n"
-    )
+        name = ("what others took out of the same text, "
+                f"{people['texts']} texts of the train file")
+        rows.append([name, "-", f"{people['auroc']:.3f}", "-"])
+    return markdown_table(header, rows) + "\n"
 
 
 def two_by_two(folder):
     """Trained on original or edited pairs, tested on original or edited pairs"""
+    header = ["trained on", "accuracy on original pairs, true labels, %", "on edited pairs, %",
+              "seeds", "CPU min"]
+    names = {"rm_original": "original pairs, a quarter mislabelled", "rm_edited": "edited pairs"}
+    arms = runs_by_arm(folder)
     rows = []
-    for name, trained in (
-        ("rm_original", "original pairs, a quarter mislabelled"),
-        ("rm_edited", "edited pairs"),
-    ):
-        runs = [
-            read_reward_model(path.parent)
-            for path in sorted(Path(folder).glob(f"seed*/{name}/rewards.json"))
-        ]
-        if runs:
-            cells = []
-            for kind in ("preferences", "edits"):
-                found = [f for run in runs for f in run["figures"] if f["kind"] == kind]
-                cells.append(
-                    cell_over_seeds(
-                        [f["accuracy"] for f in found], [f["standard_error"] for f in found], 1
-                    )
-                )
-            rows.append(
-                [
-                    trained,
-                    *cells,
-                    len(runs),
-                    f"{sum(run['cpu_min'] for run in runs) / len(runs):.1f}",
-                ]
-            )
-    header = [
-        "trained on",
-        "accuracy on original pairs, true labels, %",
-        "on edited pairs, %",
-        "seeds",
-        "CPU min",
-    ]
-    return table(header, rows) + "\n" if rows else ""
+    for arm, trained_on in names.items():
+        if arm not in arms:
+            continue
+        runs = arms[arm]
+        row = [trained_on]
+        for kind in ("preferences", "edits"):
+            figures = [f for run in runs for f in run["figures"] if f["kind"] == kind]
+            row.append(cell_over_seeds(figures, "accuracy", 1))
+        rows.append([*row, len(runs), cpu_cell(runs)])
+    if not rows:
+        return ""
+    return markdown_table(header, rows) + "\n"
 
 
 def main(cfg):
-    check_input(cfg.data, "data", "bash extras/study.sh")
-    text = (
-        Path(cfg.out).read_text(encoding="utf-8")
-        if Path(cfg.out).exists()
-        else f"# Experiments\n\n{BEGIN}\n{END}\n"
-    )
+    check_input(cfg.data, "data", "bash extras/study/study.sh")
+    text = f"# Experiments\n\n{BEGIN}\n{END}\n"
+    if Path(cfg.out).exists():
+        text = Path(cfg.out).read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         fail(f"--out={cfg.out} has no place for the tables: it needs the lines {BEGIN} and {END}, "
-             "once")
+             "once each")
+
     data = Path(cfg.data)
-    parts = [
-        losses("ParaDetox, single runs on more pairs", data / "long", alike=False),
-        losses("ParaDetox, every loss on the same few pairs", data / "people"),
-        baselines(data / "people"),
-        losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True),
-    ]
+    tables = [
+        table_of_losses("ParaDetox, single runs on more pairs", data / "long", alike=False),
+        table_of_losses("ParaDetox, every loss on the same few pairs", data / "people"),
+        table_of_baselines(data / "people"),
+        table_of_losses("QA-Feedback, every loss on the same few pairs", data / "qa", spans=True)]
     toy = two_by_two(data / "toy")
-    parts.append(
-        f"### The embedded world: trained on x tested on, both at sequence level\n\n{toy}"
-        if toy
-        else ""
-    )
-    if not any(parts):
-        fail(f"--data={cfg.data} holds no finished run; make them with: bash extras/study.sh")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    if toy:
+        title = "### The toy world: trained on x tested on, both at sequence level"
+        tables.append(f"{title}\n\n{toy}")
+    tables = [table for table in tables if table]
+    if not tables:
+        fail(f"--data={cfg.data} has no finished run; make them with: bash extras/study/study.sh")
+
+    before = text.split(BEGIN)[0]
+    after = text.split(END)[1]
     with replacing(cfg.out) as file:
-        file.write(
-            f"{before}{BEGIN}\n\n" + "\n".join(part for part in parts if part) + f"\n{END}{after}"
-        )
-    say(f"{cfg.out}: {sum(bool(part) for part in parts)} tables")
+        file.write(f"{before}{BEGIN}\n\n" + "\n".join(tables) + f"\n{END}{after}")
+    say(f"{cfg.out}: {len(tables)} tables")
 
 
 if __name__ == "__main__":
