@@ -60,12 +60,12 @@ def shape(config, Auto):
         tied=text.tie_word_embeddings and hasattr(model, "lm_head"))
 
 
-def largest(*moments):
+def largest_moment(*moments):
+    """The moment with the most bytes; a moment is {part: bytes}"""
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
 # ---------------------------------------------------------------- one model in one phase
-
 # Each function gives the bytes by part, shards included.
 
 def forward_activations(m, B, S, c):
@@ -85,7 +85,7 @@ def rollout_memory(m, ranks, B, P, T, c):
     sampling = dict(weights=weights, kv_cache=kv_cache, logits=B * m.V * (c + 8))
     # The first gather, before it is split.
     gather = dict(weights=4 * m.params / ranks + 2 * c * m.root)
-    return largest(prefill, sampling, gather)
+    return largest_moment(prefill, sampling, gather)
 
 
 def forward_memory(m, ranks, B, S, T, c, *, held, head):
@@ -98,7 +98,7 @@ def forward_memory(m, ranks, B, S, T, c, *, held, head):
     moments = [gather, inside]
     if head == "logits":  # float32: logits and log-softmax
         moments.append(dict(weights=shards + c * m.root, logits=8 * B * T * m.V))
-    return largest(*moments)
+    return largest_moment(*moments)
 
 
 def update_memory(m, ranks, B, S, T, c, *, checkpointing, head):
@@ -127,7 +127,7 @@ def update_memory(m, ranks, B, S, T, c, *, checkpointing, head):
     reduce = dict(weights=shards + c * m.root * tied,
                   gradients=gradients + (c + 4) * m.root + 4 * m.layer * tied)
     gather = dict(weights=shards + 2 * c * (m.root + m.layer), gradients=gradients)
-    return largest(backward, loss, reduce, gather)
+    return largest_moment(backward, loss, reduce, gather)
 
 
 # ---------------------------------------------------------------- the run
@@ -173,8 +173,9 @@ def phases(policy, value, ranks, cfg, c=2):
     return {
         "at rest": {part: rest.get(part, 0) for part in PARTS},
         "rollout": with_rest(policy, 4, rollout),
-        "score": largest(*scores),
-        "update": largest(updating(policy, value, "logits"), updating(value, policy, "values")),
+        "score": largest_moment(*scores),
+        "update": largest_moment(updating(policy, value, "logits"),
+                                 updating(value, policy, "values")),
         "optimizer step": step}
 
 
@@ -183,8 +184,9 @@ def peak(*args, **options):
 
 
 def largest_that_fit(policy, value, ranks, cfg, c):
-    """Each micro-batch as large as fits (powers of two, at most a rank's rows) -> {field: rows}, {}
-    if none does"""
+    """Each micro-batch as large as fits: a power of two, at most the rows of a rank.
+
+    -> {field: rows}, {} if none fits"""
     limit = (1 - RESERVE) * cfg.gpu_gb * 1e9
     found = {}
     rows_of = dict(rollout_micro_batch=cfg.rollout_batch, score_micro_batch=cfg.rollout_batch,

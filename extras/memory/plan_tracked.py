@@ -4,8 +4,8 @@ and fake tensors.
     python extras/memory/plan_tracked.py 7B --ranks=8 --rollout=64 --score=32 --micro=8 \\
         --checkpointing=1                                                       # minutes, 1 GB
 
-The model is sharded and run as ppo.py does it, with its own functions; nothing is computed and
-nothing sent. One model at a time: what the others hold at rest is plain arithmetic.
+The model is sharded and run as in ppo.py, with its functions; nothing is computed and nothing is
+sent. Only one model at a time: what the others hold at rest is plain arithmetic.
 """
 import argparse, sys
 from pathlib import Path
@@ -17,12 +17,8 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    LlamaConfig,
-)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
+                          LlamaConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
@@ -31,7 +27,7 @@ from plumbing.cache import in_place_cache
 
 
 def sharded(Auto, config, mesh, *, frozen=False, checkpointing=False):
-    """As common.load_model does it"""
+    """A model sharded like those of common.load_model. Frozen: in bfloat16, without gradients"""
     dtype = torch.bfloat16
     model = Auto.from_config(config, dtype=dtype if frozen else torch.float32)
     model.train(not frozen).requires_grad_(not frozen)
@@ -40,9 +36,8 @@ def sharded(Auto, config, mesh, *, frozen=False, checkpointing=False):
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    return fully_shard(
-        model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True if frozen else None
-    )
+    reshard = True if frozen else None
+    return fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
 
 
 def peak_of(model, run):
@@ -50,50 +45,62 @@ def peak_of(model, run):
     tracker = FSDPMemTracker(model)
     with tracker:
         run(tracker)
-    return sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
+    devices = tracker.get_tracker_snapshot("peak").values()
+    return sum(parts["Total"] for parts in devices)
 
 
-def packed(B, S, T):
-    return (
-        torch.ones(B, S, dtype=torch.long),
-        torch.ones(B, S, dtype=torch.bool),
-        torch.ones(B, T, dtype=torch.bool),
-    )
+def ones(B, S, T):
+    """Full sequences, as from common.pack: ids [B, S], mask [B, S], response_mask [B, T]"""
+    ids = torch.ones(B, S, dtype=torch.long)
+    mask = torch.ones(B, S, dtype=torch.bool)
+    response_mask = torch.ones(B, T, dtype=torch.bool)
+    return ids, mask, response_mask
+
+
+def gather_all(model):
+    """All weights on every rank, as in a rollout"""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+
+
+def fill_cache(cache, config, B, length):
+    """A cache that holds `length` tokens of B rows"""
+    shape = (B, config.num_key_value_heads, 1, config.head_dim)
+    token = torch.zeros(shape, dtype=torch.bfloat16)
+    for layer in cache.layers:
+        layer.update(token, token)  # allocates the room
+        layer.length = length
 
 
 @torch.no_grad()
 def rollout_peak(config, mesh, B, P, T):
-    """The larger of the prompts' forward and of the last token's, as in common.generate"""
+    """The larger peak of the prompts' forward and of the last token's, as in common.generate"""
+    def run_and_draw(cache, ids, mask):
+        logits = policy(input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids),
+                        use_cache=True, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        common.draw_tokens(logits, torch.zeros(B, 1), 1.0, 1.0, 0)
+
+    def run_prompts(tracker):
+        cache = in_place_cache(config, room=P + T)
+        ids, mask, _ = ones(B, P, 1)
+        run_and_draw(cache, ids, mask)
+
+    def run_last_token(tracker):
+        cache = in_place_cache(config, room=P + T)
+        ids, mask, _ = ones(B, P + T, 1)
+        fill_cache(cache, config, B, P + T - 1)
+        run_and_draw(cache, ids[:, :1], mask)
+
     peaks = []
-    for prefill in (True, False):
+    for run in (run_prompts, run_last_token):
         policy = sharded(AutoModelForCausalLM, config, mesh).eval()
 
-        def run(tracker):
-            for part in policy.modules():
-                if isinstance(part, FSDPModule):
-                    part.set_reshard_after_forward(False, recurse=False)
-                    part.unshard()
-            cache = in_place_cache(config, room=P + T)
-            ids, mask, _ = packed(B, P if prefill else P + T, 1)
-            if not prefill:  # the cache is full but for the last place
-                for layer in cache.layers:
-                    one = torch.zeros(
-                        B, config.num_key_value_heads, 1, config.head_dim, dtype=torch.bfloat16
-                    )
-                    layer.update(one, one)
-                    layer.length = P + T - 1
-                ids = ids[:, :1]
-            logits = policy(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=torch.zeros_like(ids),
-                use_cache=True,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            common.draw_tokens(logits, torch.zeros(B, 1), 1.0, 1.0, 0)
-
-        peaks.append(peak_of(policy, run))
+        def gathered(tracker):
+            gather_all(policy)
+            run(tracker)
+        peaks.append(peak_of(policy, gathered))
     return max(peaks)
 
 
@@ -103,77 +110,78 @@ def tracked(config, *, ranks, rollout, score, micro, P, T, checkpointing):
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     mesh = init_device_mesh("cpu", (ranks,))
-    config.num_labels, config.token_classification_bias, config.classifier_dropout = 1, False, 0.0
-    kinds = dict(
-        policy=(AutoModelForCausalLM, common.token_logprobs, micro),
-        value=(AutoModelForTokenClassification, common.token_heads, score),
-    )
+    config.num_labels = 1
+    config.token_classification_bias = False
+    config.classifier_dropout = 0.0
+    S = P + T
+
+    def score_and_update(name, Auto, per_token, rows, *, frozen):
+        """per_token: the function of common.py that scores, (model, ids, mask, response_mask)"""
+        model = sharded(Auto, config, mesh, frozen=frozen)
+
+        def score_rows(tracker):
+            per_token(model, *ones(rows, S, T))
+        with torch.no_grad():
+            peaks[f"score {name}"] = peak_of(model, score_rows)
+        model = sharded(Auto, config, mesh, checkpointing=checkpointing)
+
+        def update_twice(tracker):  # the second time the gradients of the first exist
+            for _ in range(2):
+                per_token(model, *ones(micro, S, T)).sum().backward()
+                tracker.reset_mod_stats()
+        peaks[f"update {name}"] = peak_of(model, update_twice)
+
     peaks = {}
     with FakeTensorMode():
         peaks["rollout"] = rollout_peak(config, mesh, rollout, P, T)
-        for name, (Auto, function, rows) in kinds.items():
-            model = sharded(Auto, config, mesh, frozen=name == "value")
-            with torch.no_grad():
-                peaks[f"score {name}"] = peak_of(
-                    model, lambda tracker: function(model, *packed(rows, P + T, T))
-                )
-            model = sharded(Auto, config, mesh, checkpointing=checkpointing)
-
-            def update(tracker):
-                for _ in range(2):  # in the second the gradients of the first are there
-                    function(model, *packed(micro, P + T, T)).sum().backward()
-                    tracker.reset_mod_stats()
-
-            peaks[f"update {name}"] = peak_of(model, update)
+        score_and_update("policy", AutoModelForCausalLM, common.token_logprobs, micro, frozen=False)
+        score_and_update("value", AutoModelForTokenClassification, common.token_heads, score,
+                         frozen=True)
     dist.destroy_process_group()
     return peaks
 
 
 def counted(config, *, ranks, rollout, score, micro, P, T, checkpointing):
-    """The same of the plan"""
-    policy, value = (
-        plan.shape(config, Auto) for Auto in (AutoModelForCausalLM, AutoModelForTokenClassification)
-    )
+    """-> {phase: bytes} of the same phases, as plan.py counts them"""
+    policy = plan.shape(config, AutoModelForCausalLM)
+    value = plan.shape(config, AutoModelForTokenClassification)
     S = P + T
-    options = dict(checkpointing=checkpointing)
+    c = 2  # bytes of bfloat16
+
+    def update(m, head):
+        return plan.update_memory(m, ranks, micro, S, T, c, head=head, checkpointing=checkpointing)
+
     parts = {
-        "rollout": plan.rollout_memory(policy, ranks, rollout, P, T, 2),
-        "score policy": plan.forward_memory(policy, ranks, micro, S, T, 2, held=4, head="logits"),
-        "update policy": plan.update_memory(
-            policy, ranks, micro, S, T, 2, head="logits", **options
-        ),
-        "score value": plan.forward_memory(value, ranks, score, S, T, 2, held=2, head="values"),
-        "update value": plan.update_memory(value, ranks, micro, S, T, 2, head="values", **options),
-    }
+        "rollout": plan.rollout_memory(policy, ranks, rollout, P, T, c),
+        "score policy": plan.forward_memory(policy, ranks, micro, S, T, c, held=4, head="logits"),
+        "update policy": update(policy, "logits"),
+        "score value": plan.forward_memory(value, ranks, score, S, T, c, held=2, head="values"),
+        "update value": update(value, "values")}
     return {phase: sum(part.values()) for phase, part in parts.items()}
 
 
 def compare(config, **point):
     """Print both and -> {phase: counted / tracked}"""
-    one, two = counted(config, **point), tracked(config, **point)
-    for phase in one:
-        print(
-            f"{phase:14} counted {one[phase] / 1e9:8.3f} GB, tracked {two[phase] / 1e9:8.3f} GB: "
-            f"{one[phase] / two[phase] - 1:+.1%}",
-            flush=True,
-        )
-    return {phase: one[phase] / two[phase] for phase in one}
+    count = counted(config, **point)
+    peaks = tracked(config, **point)
+    ratios = {phase: count[phase] / peaks[phase] for phase in count}
+    for phase, ratio in ratios.items():
+        print(f"{phase:14} counted {count[phase] / 1e9:8.3f} GB, "
+              f"tracked {peaks[phase] / 1e9:8.3f} GB: {ratio - 1:+.1%}", flush=True)
+    return ratios
 
 
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = argparse.ArgumentParser(description=__doc__,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("model", help="7B, 13B, 70B, or a folder with a config.json")
-    for name, default in dict(
-        ranks=8, rollout=64, score=32, micro=8, P=192, T=300, checkpointing=0
-    ).items():
+    defaults = dict(ranks=8, rollout=64, score=32, micro=8, P=192, T=300, checkpointing=0)
+    for name, default in defaults.items():
         flags.add_argument(f"--{name}", type=int, default=default)
     point = vars(flags.parse_args())
     name = point.pop("model")
-    compare(
-        LlamaConfig(**plan.SHAPES[name])
-        if name in plan.SHAPES
-        else AutoConfig.from_pretrained(name),
-        **point,
-    )
+    if name in plan.SHAPES:
+        config = LlamaConfig(**plan.SHAPES[name])
+    else:
+        config = AutoConfig.from_pretrained(name)
+    compare(config, **point)
