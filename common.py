@@ -1,17 +1,10 @@
-"""What the stages share, or two of them must agree on: files, prompts and tokens, ranks, models, forward, generation.
+"""Code used by several stages: prompts and tokens, ranks, models, forward, generation, optimiser.
 
-One alphabet in every file: B sequences, P prompt tokens, T response tokens, S of both, V vocabulary. A mask is True
-where a token counts; it comes from lengths, never from `ids == pad`. Names: prompt_ids [B, P]; response_ids,
-response_mask, logprobs, values, rewards, changed, ... [B, T]: one column per response token a_1..a_T, whatever the
-padding around them. What is beside the story stands in extras/ and is imported where it is used.
-"""
-import functools
-import hashlib
-import json
-import math
-import os
-import random
-import statistics
+B sequences, P prompt tokens, T response tokens, S tokens of both, V vocabulary. A mask is True
+where a token counts; it comes from lengths, never from `ids == pad`. prompt_ids are [B, P];
+response_ids, response_mask, logprobs, values, rewards, changed, ... are [B, T]: one column per
+response token a_1..a_T. "All ranks": every process must call it, since they exchange tensors."""
+import functools, hashlib, json, math, os, random, statistics
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +20,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from plumbing.cache import in_place_cache
 from plumbing.files import whole_characters
+from plumbing.models import check_loaded
 from plumbing.ranks import RANK, WORLD, fail
 
 transformers.logging.set_verbosity_error()
@@ -35,17 +29,17 @@ transformers.logging.disable_progress_bar()
 
 # ---------------------------------------------------------------- text and tokens
 
-PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-          "\n\n### Instruction:\n{instruction}\n\n### Response:")
-PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                "Write a response that appropriately completes the request.\n\n"
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately "
+          "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:")
+PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
+                "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
 
 def load_tokenizer(path):
-    """The folder's or hub's tokenizer; nothing is added to it"""
+    """The tokenizer of a folder or of a name on the hub; no token is added to it"""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer in {path}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token_id is None:
@@ -55,40 +49,45 @@ def load_tokenizer(path):
 
 @functools.cache
 def response_prefix(tokenizer):
-    """A response follows a ':', it does not begin a text. Where sentencepiece would put its dummy space before it, we
-    encode it behind a newline (a byte token, which never merges) and take that away again. -> text, ids before it."""
+    """-> the text to put before a response to encode it, and that text's ids. SentencePiece adds a
+    space to the start of any text, but a response is not the start of the text. So we encode a
+    newline and the response, and drop the newline's ids: "The" becomes "The", not "▁The"."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
-    behind = tokenizer.encode("\nx", add_special_tokens=False)[len(newline):]
-    return ("\n", newline) if tokenizer.encode("x", add_special_tokens=False) != behind else ("", [])
+    after_newline = tokenizer.encode("\nx", add_special_tokens=False)[len(newline):]
+    if tokenizer.encode("x", add_special_tokens=False) == after_newline:
+        return "", []
+    return "\n", newline
 
 
 def encode_prompt(tokenizer, row):
-    """Alpaca's prompt of a row -> ids, with bos once where the model family puts one: where encode() does, and where it
-    is <s>, since a bare Llama tokenizer.model adds none by itself"""
+    """Alpaca's prompt of a row -> ids, with bos once for the model families that use one"""
     template = PROMPT_INPUT if row.get("input") else PROMPT
     text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
-    bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id
-    return [tokenizer.bos_token_id] * bos + tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    # A bare Llama tokenizer.model adds no bos by itself, but its bos is <s>.
+    needs_bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id
+    return [tokenizer.bos_token_id] + ids if needs_bos else ids
 
 
 def encode_response(tokenizer, text, *, eos=True):
-    """A response, as a rollout would hold it -> ids. eos=False: it was cut, it did not end by itself."""
+    """The ids that a rollout of this text would have. eos=False: it was cut before it ended."""
     before, ids_before = response_prefix(tokenizer)
-    text = whole_characters(text)
-    ids = tokenizer.encode(before + text, add_special_tokens=False, split_special_tokens=True)  # a "</s>" in it is text
-    return ids[len(ids_before):] + [tokenizer.eos_token_id] * eos
+    text = before + whole_characters(text)  # a "</s>" in it stays text, by split_special_tokens
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ids = ids[len(ids_before):]
+    return ids + [tokenizer.eos_token_id] if eos else ids
 
 
 def decode_response(tokenizer, ids):
-    """The exact inverse: ids, up to a final EOS -> text"""
+    """The inverse of encode_response: ids -> text, without a final EOS"""
     before, ids_before = response_prefix(tokenizer)
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
     return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
 
 
 def token_texts(tokenizer, ids):
-    """The text of each token, for pictures; joined they are the response. A token that ends inside
-    a character gets "", and the token that completes it gets the character."""
+    """The text of each token; joined, the response. A character goes to its last token."""
     texts = []
     done = ""
     for end in range(1, len(ids) + 1):
@@ -100,102 +99,142 @@ def token_texts(tokenizer, ids):
 
 
 def tokenizer_hash(tokenizer):
-    """Two tokenizers are the same if their vocabulary and special ids agree (pad does not matter)"""
+    """Equal for two tokenizers if their vocabulary and special ids agree (pad does not matter)"""
     vocabulary = sorted(tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
 
 
-def rows_at(start, stop, n, seed):
-    """Rows start..stop of an endless stream, n rows in a new order each epoch; a batch may span two epochs"""
-    return [epoch_order(n, seed, k // n)[k % n] for k in range(start, stop)]
-
+# ---------------------------------------------------------------- rows, random numbers, ranks
 
 @functools.lru_cache(4)
 def epoch_order(n, *key):
-    """0..n-1 in the order of a key, such as (seed, epoch); the list is shared: not to be changed"""
+    """0..n-1 in the random order of a key, e.g. (seed, epoch). It is cached: do not change it"""
     order = list(range(n))
     random.Random(" ".join(map(str, key))).shuffle(order)
     return order
 
 
+def rows_at(start, stop, n, seed):
+    """Rows start..stop of an endless stream: n rows, in a new order each epoch"""
+    return [epoch_order(n, seed, k // n)[k % n] for k in range(start, stop)]
+
+
 def row_uniforms(length, *key):
-    """The draws of one row, [length] in [0, 1): from its own key, such as (seed, step, row): no neighbours, no rank"""
-    draw = random.Random(" ".join(map(str, key)))
-    return torch.tensor([draw.getrandbits(24) for _ in range(length)]) / 2**24  # 24 bits: exact in float32, never 1.0
+    """Random numbers for one row, [length] in [0, 1); they depend on its key, not the batch"""
+    generator = random.Random(" ".join(map(str, key)))
+    bits = [generator.getrandbits(24) for _ in range(length)]
+    return torch.tensor(bits) / 2**24  # 24 bits are exact in float32 and never become 1.0
 
-
-# ---------------------------------------------------------------- ranks
 
 def setup(dtype="auto"):
-    """-> device, mesh (None: one process, a CPU, float32: nothing to shard or cast), compute dtype. All ranks."""
+    """-> device, mesh (None for a single CPU process in float32), compute dtype. All ranks."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    compute = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if cuda else torch.float32
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
+    compute_dtype = getattr(torch, dtype)
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    elif WORLD == 1 and compute == torch.float32:
-        return device, None, compute
-    lonely = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # without torchrun
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **lonely)
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))  # several machines: shard inside one, replicate across (HSDP)
-    shape, names = ((WORLD // node, node), ("replicate", "shard")) if node < WORLD else ((WORLD,), ("shard",))
-    return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute
+    elif WORLD == 1 and compute_dtype == torch.float32:
+        return device, None, compute_dtype
+
+    # Without torchrun, this process is a group of one.
+    single_process = {}
+    if "RANK" not in os.environ:
+        single_process = dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **single_process)
+
+    # On several machines, shard a model inside each machine and replicate it across them (HSDP).
+    shape, names = (WORLD,), ("shard",)
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    if per_machine < WORLD:
+        shape, names = (WORLD // per_machine, per_machine), ("replicate", "shard")
+    return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute_dtype
 
 
 def my_micro_batches(rows, lengths, micro_batch):
-    """This rank's micro-batches of an optimizer batch: lists of row numbers, rows of similar length together, the same
-    number of lists on every rank (one may be empty: run any row with weight 0, for FSDP's collectives). lengths[row]:
-    its tokens. Rows are dealt to and fro, so that no rank has all the long ones."""
-    order = sorted(rows, key=lambda row: (lengths[row], row))  # of two ranks: 1 0 0 1 1 0 0 1 ...
-    mine = [row for k, row in enumerate(order) if k % (2 * WORLD) in (WORLD - 1 - RANK, WORLD + RANK)]
-    return [mine[i:i + micro_batch] for i in range(0, -(-len(order) // WORLD), micro_batch)]
+    """This rank's micro-batches of an optimizer batch, as lists of rows. lengths[row]: its tokens.
+    The rows are sorted by length and dealt in snake order, so that no rank gets all the long ones:
+
+        row, by length   0 1  2 3  4 5  6 7
+        rank             1 0  0 1  1 0  0 1      with two ranks; two rows make a turn
+
+    All ranks get equally many lists. For an empty one, run any row with weight 0, for FSDP."""
+    order = sorted(rows, key=lambda row: (lengths[row], row))
+    turns = math.ceil(len(order) / WORLD)
+    my_rows = []
+    for turn in range(turns):
+        place = RANK if turn % 2 else WORLD - 1 - RANK
+        my_rows += order[turn * WORLD:][place:place + 1]  # nothing, if the last turn is short
+    return [my_rows[start:start + micro_batch] for start in range(0, turns, micro_batch)]
 
 
 # ---------------------------------------------------------------- models
 
 def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpointing=False, seed=0):
-    """A causal language model (head=None), or a backbone with one number per token: head="saved", or "zero", a new one.
-
-    Trained: float32 master weights, computing in dtype. Frozen: held in dtype. A folder without weights (the toy
-    world's) is initialised from seed. Sharded over mesh if there is one. All ranks."""
-    Auto, config = AutoModelForTokenClassification if head else AutoModelForCausalLM, AutoConfig.from_pretrained(path)
-    config.update({name: 0.0 for name in vars(config) if "dropout" in name or name.endswith("pdrop")})
+    """A causal language model (head=None), or a backbone with one number per token (head="saved",
+    or "zero": a new head). Trained: float32 master weights, computing in dtype. Frozen: weights in
+    dtype. A folder without weights (the toy world's) is initialised from seed. All ranks."""
+    # The config: no dropout, and a head that gives one number per token, without a bias.
+    Auto = AutoModelForTokenClassification if head else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    dropouts = [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]
+    config.update(dict.fromkeys(dropouts, 0.0))
     if head:
-        config.num_labels, config.token_classification_bias, config.classifier_dropout = 1, False, 0.0
-    held = dtype if frozen else torch.float32
-    whole = None
-    if not mesh or RANK == 0:  # one whole copy in host memory: the other ranks get their shards from it
+        config.update(dict(num_labels=1, token_classification_bias=False, classifier_dropout=0.0))
+
+    # The full weights: one copy, in the host memory of rank 0.
+    weights_dtype = dtype if frozen else torch.float32
+    full_model = None
+    if not mesh or RANK == 0:
         if Path(path).exists() and not any(Path(path).glob("*.safetensors*")):
             torch.manual_seed(seed)
-            whole = Auto.from_config(config, dtype=held)
+            full_model = Auto.from_config(config, dtype=weights_dtype)
         else:
-            whole = Auto.from_pretrained(path, config=config, dtype=held, use_safetensors=True)
+            full_model, info = Auto.from_pretrained(
+                path, config=config, dtype=weights_dtype, use_safetensors=True,
+                trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True)
+            check_loaded(path, full_model, head, info)
         if head == "zero":
-            torch.nn.init.zeros_(whole.score.weight)
+            torch.nn.init.zeros_(full_model.score.weight)
+
+    # With a mesh, each rank starts from an empty model: shapes without memory (the meta device).
     with torch.device("meta"):
-        model = Auto.from_config(config, dtype=held) if mesh else whole
-    model.get_input_embeddings().padding_idx = None  # where pad is eos, it would keep EOS's embedding from learning
+        model = Auto.from_config(config, dtype=weights_dtype) if mesh else full_model
+    model.get_input_embeddings().padding_idx = None  # else EOS's embedding is frozen if it is pad
     model.train(not frozen).requires_grad_(not frozen)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if mesh:
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for layer in model.base_model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=mixed)
-        # the root's weights stay whole between forward and backward (None); a frozen model has no backward
-        fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=True if frozen else None)
-        for part in sharded_parts(model):
-            part.set_gradient_divide_factor(1.0)  # the losses are sums over global counts: gradients add up
-            part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
-        model.to_empty(device=device)
-        set_model_state_dict(model, whole.state_dict() if whole else {}, options=StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=True))
-        for name, buffer in model.named_buffers():  # rotary frequencies: in no state dict
-            if whole:
-                buffer.copy_(whole.get_buffer(name))
-            dist.broadcast(buffer, 0)
-    return model.to(device)
+    if not mesh:
+        return model.to(device)
+
+    # Shard each layer, then the root; each rank gets memory for its own shards.
+    shard(model, mesh, dtype, frozen=frozen)
+    model.to_empty(device=device)
+
+    # Hand out rank 0's weights; buffers, such as the rotary frequencies, are in no state dict.
+    state = full_model.state_dict() if full_model else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
+    for name, buffer in model.named_buffers():
+        if full_model:
+            buffer.copy_(full_model.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    return model
+
+
+def shard(model, mesh, dtype, *, frozen):
+    """FSDP over the mesh, in place: each layer is gathered alone, and the root is the rest"""
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    reshard = True if frozen else None  # None: the root stays gathered between forward and backward
+    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
+    for part in sharded_parts(model):
+        part.set_gradient_divide_factor(1.0)  # losses are sums over global counts: gradients add up
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
 
 
 def sharded_parts(model):
@@ -204,7 +243,7 @@ def sharded_parts(model):
 
 @contextmanager
 def unsharded(model):
-    """Whole weights on every rank and eval mode: no collectives inside, ranks may decode to any length. All ranks."""
+    """Full weights on every rank, in eval mode: inside, no rank waits for another. All ranks."""
     training = model.training
     model.eval()
     for part in sharded_parts(model):
@@ -219,7 +258,7 @@ def unsharded(model):
         model.train(training)
 
 
-# ---------------------------------------------------------------- forward: every shift by one is done here, once
+# ---------------------------------------------------------------- forward: every shift by one
 
 def upcast(x):
     """float32 for the half precisions; float64 stays"""
@@ -227,85 +266,96 @@ def upcast(x):
 
 
 def pack(prompts, responses, device):
-    """Lists of ids -> ids, mask [B, S] and response_mask [B, T]. Rows end together, in the last column: padding is as
-    little as can be, and logits are needed for the last T + 1 columns only."""
-    S, T = max(len(p) + len(r) for p, r in zip(prompts, responses)), max(map(len, responses))
-    ids = torch.tensor([[0] * (S - len(p) - len(r)) + p + r for p, r in zip(prompts, responses)], device=device)
-    P, R = torch.tensor([(len(p), len(r)) for p, r in zip(prompts, responses)], device=device).T[..., None]  # [B, 1]
-    mask = torch.arange(S, device=device) >= S - P - R                                              # [B, S]
-    return ids, mask, torch.arange(T, device=device) < R                                            # [B, T]
+    """Lists of ids -> ids [B, S], mask [B, S], response_mask [B, T]. Rows are right-aligned, so
+    only the last T + 1 columns need logits. response_mask is left-aligned, as after to_left():
+        prompts    responses          ids, S = 5       response_mask, T = 3
+        [1 2]      [6 7 8]      ->    1 2 6 7 8        1 1 1
+        [3 4 5]    [9]                . 3 4 5 9        1 0 0        (. is padding)"""
+    rows = [prompt + response for prompt, response in zip(prompts, responses)]
+    S, T = max(map(len, rows)), max(map(len, responses))
+    ids = torch.tensor([[0] * (S - len(row)) + row for row in rows], device=device)        # [B, S]
+    row_lengths = torch.tensor([[len(row)] for row in rows], device=device)                # [B, 1]
+    response_lengths = torch.tensor([[len(r)] for r in responses], device=device)          # [B, 1]
+    mask = torch.arange(S, device=device) >= S - row_lengths                               # [B, S]
+    return ids, mask, torch.arange(T, device=device) < response_lengths                    # [B, T]
 
 
 def to_left(x, response_mask):
-    """[B, T] with the rows' ends in the last column -> their beginnings in the first, 0 behind their ends"""
+    """The last T columns of right-aligned rows -> left-aligned, 0 after the last token, [B, T]:
+        x          response_mask      result
+        6 7 8      1 1 1        ->    6 7 8
+        4 5 9      1 0 0              9 0 0"""
     T = response_mask.shape[1]
-    columns = torch.arange(T, device=x.device) + T - response_mask.sum(1, keepdim=True)            # [B, T]
+    lengths = response_mask.sum(1, keepdim=True)                                           # [B, 1]
+    columns = torch.arange(T, device=x.device) + T - lengths                               # [B, T]
     return x.gather(1, columns.clamp(max=T - 1)).masked_fill(~response_mask, 0)
 
 
 def forward(model, ids, mask, **options):
+    """The outputs of left-padded rows [B, S, ...]; position 0 is the first real token"""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **options).logits
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                 **options).logits
 
 
 def token_logprobs(model, ids, mask, response_mask, temperature=1.0):
-    """log pi(a_t | s_t) [B, T]: the logits of the position before a_t. All ranks."""
+    """log pi(a_t | s_t) [B, T]: from the logits of the position before a_t. All ranks."""
     B, T = response_mask.shape
-    logits = upcast(forward(model, ids, mask, logits_to_keep=T + 1)[:, :-1]) / temperature          # [B, T, V]
+    logits = upcast(forward(model, ids, mask, logits_to_keep=T + 1)[:, :-1]) / temperature
     logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, -T:].flatten(), reduction="none")
     return to_left(logprobs.view(B, T), response_mask)
 
 
 def token_heads(model, ids, mask, response_mask, *, before=False):
-    """The head's outputs [B, T]: r_t at a_t's position (a_t has been read); before: V(s_t), one earlier. All ranks."""
-    T, heads = response_mask.shape[1], upcast(forward(model, ids, mask)[..., 0])                    # [B, S]
-    return to_left(heads[:, -T - 1:-1] if before else heads[:, -T:], response_mask)
+    """The head's outputs [B, T]: r_t at a_t's position; before: V(s_t), one earlier. All ranks."""
+    T = response_mask.shape[1]
+    heads = upcast(forward(model, ids, mask)[..., 0])                                      # [B, S]
+    heads = heads[:, -T - 1:-1] if before else heads[:, -T:]                               # [B, T]
+    return to_left(heads, response_mask)
 
 
-# ---------------------------------------------------------------- what a reward model says of a response
+# ---------------------------------------------------------------- what a reward model says
 
 def last_token(mask):
     """True at the last token of each row, wherever the response begins, [B, T] -> [B, T]"""
-    later = mask.long().flip(1).cumsum(1).flip(1)  # tokens from here on
-    return mask.bool() & (later == 1)
+    tokens_from_here = mask.long().flip(1).cumsum(1).flip(1)
+    return mask.bool() & (tokens_from_here == 1)
 
 
 def sequence_rewards(r, response_mask):
-    """A sequence-level model's R: r at the last real token, [B, T] -> [B]"""
+    """R of a sequence-level model: r at the last real token, [B, T] -> [B]"""
     return r.masked_fill(~last_token(response_mask), 0).sum(1)
 
 
 def mean_rewards(r, response_mask):
-    """R(tau) [1]: the mean of r_t over the real tokens, [B, T] -> [B]"""
+    """R(tau) of Eq. 1: the mean of r_t over the real tokens, [B, T] -> [B]"""
     tokens = response_mask.sum(1).clamp(min=1)
     return r.masked_fill(~response_mask.bool(), 0).sum(1) / tokens
 
 
 def total_rewards(r, response_mask, level):
     """R of a reward model of that level ("token" or "sequence"), [B, T] -> [B]"""
-    if level == "sequence":
-        return sequence_rewards(r, response_mask)
-    return mean_rewards(r, response_mask)
+    return (sequence_rewards if level == "sequence" else mean_rewards)(r, response_mask)
 
 
 def reward_level(path):
-    """"token" or "sequence": what kind of reward model a folder holds"""
+    """The level of the reward model in a folder: "token" or "sequence" """
     try:
-        kinds = " ".join(AutoConfig.from_pretrained(path).architectures or [])
+        names = " ".join(AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     except (OSError, ValueError) as error:
         fail(f"{path} is no model ({str(error).splitlines()[0]})")
-    if "ForTokenClassification" in kinds:
+    if "ForTokenClassification" in names:
         return "token"
-    if "ForSequenceClassification" in kinds:
+    if "ForSequenceClassification" in names:
         return "sequence"
-    fail(f"{path} is no reward model (config.json says {kinds or 'nothing'}); make one with: "
-         "python reward_model.py")
+    fail(f"{path} is no reward model ({names or 'no class'}); make one: python reward_model.py")
 
 
 # ---------------------------------------------------------------- generation
 
 def draw_tokens(logits, u, temperature, top_p, top_k):
-    """One token per row [B] of logits [B, V], by inverse CDF (torch.multinomial is ten times slower). u [B, 1]"""
+    """One token per row [B] from logits [B, V] and random numbers u [B, 1], by inverse CDF:
+    torch.multinomial is ten times slower. NaN logits give index V, which is not a token."""
     if temperature == 0:
         return logits.argmax(-1)
     scores = upcast(logits) / temperature
@@ -313,66 +363,87 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
-    cdf = torch.softmax(scores, -1).cumsum(-1)
-    whole = cdf[:, -1:]
-    target = torch.minimum(u.to(cdf) * whole, torch.nextafter(whole, whole * 0))  # rounding must not reach the end
-    return torch.searchsorted(cdf, target, right=True)[:, 0]  # NaN: V, no token
+
+    # The target must stay below the total, or searchsorted lands beyond the last token.
+    cdf = torch.softmax(scores, -1).cumsum(-1)                                             # [B, V]
+    total = cdf[:, -1:]                                                                    # [B, 1]
+    just_below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(u.to(cdf) * total, just_below_total)
+    return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0, top_k=0,
-             uniforms=None):
-    """Sample responses: left-padded prompts [B, P] -> response_ids [B, T], response_mask [B, T]; T is the longest row,
-    EOS is counted, what lies behind it is 0. Rows that have ended leave the batch: no token behind an EOS is computed.
+def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0,
+             top_k=0, uniforms=None):
+    """Sample: left-padded prompts [B, P] -> response_ids, response_mask [B, T]; EOS counts, then 0
+    follows. eos_id None: no response ends early. temperature 0: argmax. ValueError in train mode.
+    uniforms [B, max_new_tokens] in [0, 1): one random number per token; None: torch draws them.
+    Finished rows are removed from the batch, and rows from the end fill their slots:
 
-    uniforms [B, max_new_tokens] in [0, 1): the draw of each token; None: torch's generator. eos_id None: never ends.
-    temperature 0: argmax. ValueError in train mode."""
+        slot     0 1 2 3 4
+        alive    y n y n y       two rows have ended, left = 3
+        holes      1             finished slots among the first 3
+        movers           4       living slots after them
+        stay     0 4 2           new slot i takes what old slot stay[i] held: the fewest copies"""
     if model.training:
-        raise ValueError("generate needs model.eval(): in train mode activation checkpointing drops the KV cache")
+        raise ValueError("generate needs model.eval(): in train mode checkpointing drops the cache")
     B, P = prompt_ids.shape
-    cache, device = in_place_cache(model.config, room=P + max_new_tokens), prompt_ids.device
-    uniforms = torch.rand(B, max_new_tokens, device=device) if uniforms is None else uniforms.to(device)
-    mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True)                          # [B, P + max_new_tokens]
+    device = prompt_ids.device
+    cache = in_place_cache(model.config, room=P + max_new_tokens)
+    if uniforms is None:
+        uniforms = torch.rand(B, max_new_tokens, device=device)
+    uniforms = uniforms.to(device)                                        # [B, max_new_tokens]
     response_ids, lengths = prompt_ids.new_zeros(B, max_new_tokens), prompt_ids.new_zeros(B)
-    rows = torch.arange(B, device=device)        # the row of the batch that each line still computed belongs to
-    ids, positions = prompt_ids, (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
+
+    # The next forward has a slot for each unfinished row; rows[slot] is its row number.
+    rows = torch.arange(B, device=device)                              # [slots]
+    ids = prompt_ids                                                   # [slots, P], then [slots, 1]
+    positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)        # as ids
+    mask = F.pad(prompt_mask.bool(), (0, max_new_tokens), value=True)  # [slots, P + max_new_tokens]
     for t in range(max_new_tokens):
-        logits = model(input_ids=ids, attention_mask=mask[:, :P + t], position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]                              # [lines, V]
+        logits = model(input_ids=ids, attention_mask=mask[:, :P + t], position_ids=positions,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         tokens = draw_tokens(logits, uniforms[rows, t:t + 1], temperature, top_p, top_k)
         if int(tokens.max()) >= logits.shape[1]:
             fail("the model's logits are NaN: its weights are broken; go back to an earlier model")
-        response_ids[rows, t], lengths[rows] = tokens, t + 1
-        alive = tokens != eos_id if eos_id is not None else torch.ones_like(tokens, dtype=torch.bool)
+        response_ids[rows, t] = tokens
+        lengths[rows] = t + 1
+        alive = torch.ones_like(tokens).bool() if eos_id is None else tokens != eos_id     # [slots]
         left = int(alive.sum())
         if left == 0:
             break
-        if left < len(rows):  # lines from the end move into the places of those that ended: the least to copy
+        if left < len(rows):
+            holes = (~alive[:left]).nonzero()[:, 0]
+            movers = alive[left:].nonzero()[:, 0] + left
             stay = torch.arange(left, device=device)
-            stay[~alive[:left]] = alive[left:].nonzero()[:, 0] + left
+            stay[holes] = movers
             cache.batch_select_indices(stay)
-            rows, mask, positions, tokens = rows[stay], mask[stay], positions[stay], tokens[stay]
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+            rows, mask = rows[stay], mask[stay]
+            positions, tokens = positions[stay], tokens[stay]
+        ids = tokens[:, None]
+        positions = positions[:, -1:] + 1
     T = int(lengths.max())
     return response_ids[:, :T], torch.arange(T, device=device) < lengths[:, None]
 
 
-# ---------------------------------------------------------------- optimisation
+# ---------------------------------------------------------------- optimisation and statistics
 
 def cosine(step, steps, warmup):
-    """The share of the learning rate at a step (0-based): linear warm-up, then a half cosine to 0"""
+    """The share of the learning rate at a step (from 0): linear warm-up, then a half cosine to 0"""
     warm = max(1, round(warmup * steps))
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
-    """Clip all gradients together, step (a group at lr times its lr_factor), clear -> the norm before clipping. Not
-    finite: the run stops. All ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    """Clip all gradients together, step, clear them -> the norm before clipping. A parameter group
+    learns at lr times its lr_factor. Exits if the norm is inf or NaN. All ranks."""
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
     if not math.isfinite(norm):
-        fail(f"{where}: the gradient's norm is {norm}; what was saved before is kept. "
-             "Lower --lr, or look at the rows")
+        fail(f"{where}: the gradient's norm is {norm}; saves are kept; lower --lr or see the rows")
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     optimizer.step()
@@ -380,10 +451,8 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     return norm
 
 
-# ---------------------------------------------------------------- statistics
-
 def mean_and_error(x):
-    """Mean and its standard error sd(ddof=1) / sqrt(n); None where there is none"""
+    """The mean and its standard error sd(ddof=1) / sqrt(n); None if there are too few numbers"""
     mean = statistics.fmean(x) if x else None
     error = statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
     return mean, error

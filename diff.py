@@ -28,7 +28,8 @@ from dataclasses import dataclass
 
 from common import encode_prompt, encode_response, load_tokenizer, tokenizer_hash
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, check_model, check_numbers, read_jsonl, replacing
+from plumbing.files import check_input, check_numbers, read_jsonl, replacing
+from plumbing.models import check_model
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
 
@@ -66,13 +67,17 @@ def lcs_length(a, b):
     return len(a) - v.bit_count()
 
 
+PAIR, CONTINUE, DELETE = 1, 2, 4  # ways to leave a cell: see common_pairs(); 0: insert
+
+
 def common_pairs(a, b):
     """Index pairs (i, j) with a[i] == b[j]: of the longest common subsequences, one that has the
     fewest contiguous runs. Ties: see align().
 
-    Dynamic programming over prefixes. best[i][j] is the best score of a[:i] against b[:j];
-    run[i][j] is the best score in which a[i-1] is paired with b[j-1]. A pair scores MATCH, and each
-    run costs 1. A longest subsequence of length L deletes len(a) - L tokens and inserts len(b) - L.
+    Dynamic programming over prefixes. best[j] in row i is the best score of a[:i] against b[:j];
+    run[j] is the best score in which a[i-1] is paired with b[j-1]. A pair scores MATCH, and each
+    run costs 1. Only two rows of scores are kept, and a byte per cell: how the path leaves it. So
+    two unrelated answers of 4,000 tokens take 16 MB. A longest subsequence of length L deletes len(a) - L tokens and inserts len(b) - L.
     So its path stays in a narrow band, and the other cells are never computed. Here L is 3, with
     one deletion and two insertions (o: the path, +: the band, a step along the diagonal: a pair):
 
@@ -90,24 +95,43 @@ def common_pairs(a, b):
     insertions = m - L
     MATCH = n + m + 2  # a longer subsequence is always better: all runs together cost less
     NEVER = -math.inf
-    best = [[NEVER] * (m + 1) for _ in range(n + 1)]
-    run = [[NEVER] * (m + 1) for _ in range(n + 1)]
 
-    # The border: one side is empty, so no pair, no run, score 0.
-    for i in range(deletions + 1):
-        best[i][0] = 0
-    for j in range(insertions + 1):
-        best[0][j] = 0
+    # Row 0: one side is empty, so no pair, no run, score 0.
+    best = [0 if j <= insertions else NEVER for j in range(m + 1)]
+    run = [NEVER] * (m + 1)
+    steps = [bytearray(m + 1)]
 
     # The rest of the band: a pair continues a run or begins one; or one token has no partner.
     for i in range(1, n + 1):
+        best_before = best
+        run_before = run
+        best = [NEVER] * (m + 1)
+        run = [NEVER] * (m + 1)
+        step = bytearray(m + 1)
+        if i <= deletions:
+            best[0] = 0
+        token = a[i - 1]
         first = max(1, i - deletions)
         last = min(m, i + insertions)
+        highest = best[first - 1]
         for j in range(first, last + 1):
-            if a[i - 1] == b[j - 1]:
-                begun = best[i - 1][j - 1] - 1
-                run[i][j] = MATCH + max(run[i - 1][j - 1], begun)
-            best[i][j] = max(run[i][j], best[i - 1][j], best[i][j - 1])
+            way = 0
+            without = best_before[j]  # a[i-1] is deleted
+            if without >= highest:
+                highest = without
+                way = DELETE
+            if token == b[j - 1]:
+                continued = run_before[j - 1]
+                begun = best_before[j - 1] - 1
+                run[j] = MATCH + max(continued, begun)
+                if continued >= begun:
+                    way |= CONTINUE
+                if run[j] >= highest:
+                    highest = run[j]
+                    way |= PAIR
+            best[j] = highest
+            step[j] = way
+        steps.append(step)
 
     # Walk back along an optimal path: pair if possible, else delete from a, else insert from b.
     pairs = []
@@ -115,12 +139,13 @@ def common_pairs(a, b):
     j = m
     in_run = False  # must this pair be taken, because the one after it continues its run?
     while i > 0 and j > 0:
-        if in_run or best[i][j] == run[i][j]:
-            in_run = run[i][j] == MATCH + run[i - 1][j - 1]
+        way = steps[i][j]
+        if in_run or way & PAIR:
+            in_run = bool(way & CONTINUE)
             i -= 1
             j -= 1
             pairs.append((i, j))
-        elif best[i][j] == best[i - 1][j]:
+        elif way & DELETE:
             i -= 1
         else:
             j -= 1
@@ -191,9 +216,8 @@ def changed_share(original_changed, edited_changed):
     return changed / max(1, len(original_changed) + len(edited_changed))
 
 
-def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_changed=1.0,
-         max_tokens=None):
-    """Reason to drop a pair ("empty", "identical", "too long" or "changed share"), or None.
+def gate(original_ids, edited_ids, *, max_tokens=None):
+    """Reason to drop a pair before it is aligned ("empty", "identical" or "too long"), or None.
     max_tokens: the room for an answer, without the prompt; None: any length."""
     shorter, longer = sorted((len(original_ids), len(edited_ids)))
     if shorter < 2:  # EOS alone
@@ -202,25 +226,36 @@ def gate(original_ids, edited_ids, original_changed, edited_changed, *, max_chan
         return "identical"
     if max_tokens is not None and longer > max_tokens:
         return "too long"
-    if changed_share(original_changed, edited_changed) > max_changed:
-        return "changed share"
     return None
 
 
-def diff_row(row, tokenizer, gaps=False):
-    """A row of edits.jsonl -> a row of diffs.jsonl. Its other fields are kept."""
+def encode_row(row, tokenizer):
+    """A row of edits.jsonl -> the same with its ids. Its other fields are kept."""
     cut = row.get("cut") or []
-    original_ids = encode_response(tokenizer, row["original"], eos="original" not in cut)
-    edited_ids = encode_response(tokenizer, row["edited"], eos="edited" not in cut)
-    original_changed, edited_changed = align(original_ids, edited_ids, gaps=gaps)
-
     pair = dict(row)
     pair["prompt_ids"] = encode_prompt(tokenizer, row)
-    pair["edited_ids"] = edited_ids
-    pair["original_ids"] = original_ids
+    pair["edited_ids"] = encode_response(tokenizer, row["edited"], eos="edited" not in cut)
+    pair["original_ids"] = encode_response(tokenizer, row["original"], eos="original" not in cut)
+    return pair
+
+
+def diff_row(row, tokenizer, *, gaps=False, max_tokens=None, max_changed=1.0):
+    """A row of edits.jsonl -> a row of diffs.jsonl, and the reason to drop it, or None. A pair that
+    gate() drops is not aligned, so it has no masks. max_tokens: of prompt + answer"""
+    pair = encode_row(row, tokenizer)
+    original_ids = pair["original_ids"]
+    edited_ids = pair["edited_ids"]
+    room = None if max_tokens is None else max_tokens - len(pair["prompt_ids"])
+    why = gate(original_ids, edited_ids, max_tokens=room)
+    if why:
+        return pair, why
+
+    original_changed, edited_changed = align(original_ids, edited_ids, gaps=gaps)
     pair["edited_changed"] = edited_changed
     pair["original_changed"] = original_changed
-    return pair
+    if changed_share(original_changed, edited_changed) > max_changed:
+        why = "changed share"
+    return pair, why
 
 
 # ---------------------------------------------------------------- the stage
@@ -248,15 +283,12 @@ def main(cfg):
             if row["edited"] is None:
                 why = "failed edit"
             else:
-                pair = diff_row(row, tokenizer, cfg.gaps)
-                masks = (pair["original_changed"], pair["edited_changed"])
-                room = cfg.max_tokens - len(pair["prompt_ids"])
-                why = gate(pair["original_ids"], pair["edited_ids"], *masks,
-                           max_changed=cfg.max_changed, max_tokens=room)
+                pair, why = diff_row(row, tokenizer, gaps=cfg.gaps, max_tokens=cfg.max_tokens,
+                                     max_changed=cfg.max_changed)
             if why:
                 dropped[why] += 1
                 continue
-            shares.append(changed_share(*masks))
+            shares.append(changed_share(pair["original_changed"], pair["edited_changed"]))
             file.write(json.dumps(pair) + "\n")
         if not shares:
             fail(f"{cfg.data}: no pair is left to learn from; dropped: {dict(dropped)}")

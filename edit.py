@@ -17,14 +17,7 @@ same command continues, and asks again for what failed. Claude needs ANTHROPIC_A
 The paper's Claude-2 is no longer offered. Newer models reject a prefilled assistant turn; they get
 the same request and are asked to answer between tags.
 """
-import errno
-import hashlib
-import json
-import os
-import random
-import re
-import sys
-import threading
+import errno, hashlib, json, os, random, re, sys, threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +27,8 @@ from common import load_tokenizer
 from plumbing import claude
 from plumbing.claude import Reply
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, check_model, read_jsonl, whole_characters, write_jsonl
+from plumbing.files import check_input, read_jsonl, whole_characters, write_jsonl
+from plumbing.models import check_fits, check_model
 from plumbing.paint import plain
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
@@ -79,88 +73,157 @@ class Config:
 # ---------------------------------------------------------------- rows: what is asked
 
 def read_rows(cfg):
-    """id -> the row to edit: id, instruction, input, original, what else it holds. Rows that ask the same are one."""
+    """id -> the row to edit: id, instruction, input, original, and the other fields of its data.
+
+    The id is a hash of all that is asked, so rows that ask the same are one."""
     fields = {"instruction": str, "input": (str, type(None))}
-    ready = "original" in read_jsonl(cfg.data, fields)[0]
-    pref = {} if ready else {"output_1": str, "output_2": str, "preference": (1, 2)}
-    given = read_jsonl(cfg.data, fields | (pref or {"original": str}))[:cfg.limit]
-    setting = [cfg.model, cfg.system, cfg.prompt, cfg.prefill, cfg.tags] if cfg.editor in ("claude", "local") else []
-    rows, ours = {}, {"id", "edited", "editor", "model", "stop_reason", "usage", "error", "raw", "cut", *pref}
-    for row in given:
-        loser = f"output_{3 - int(row['preference'])}" if pref else "original"  # y_l; no editor ever sees y_w
-        asked = [row["instruction"], row["input"] or "", row[loser]]
-        key = hashlib.sha256(json.dumps([*asked, cfg.editor, *setting]).encode()).hexdigest()[:32]
-        rows[key] = {"id": key, "instruction": asked[0], "input": asked[1], "original": asked[2],
-                     **{name: value for name, value in row.items() if name not in ours},
-                     **({"source_id": row["id"]} if "id" in row else {}),
-                     **({"cut": ["original"]} if loser in (row.get("cut") or []) else {})}
+    is_pair = "original" not in read_jsonl(cfg.data, fields)[0]
+    own_fields = {"id", "edited", "editor", "model", "stop_reason", "usage", "error", "raw", "cut"}
+    if is_pair:
+        pair_fields = {"output_1": str, "output_2": str, "preference": (1, 2)}
+        fields |= pair_fields
+        own_fields |= pair_fields.keys()
+    else:
+        fields["original"] = str
+    given = read_jsonl(cfg.data, fields)[:cfg.limit]
+
+    # A model's edit depends on the wording of the request, too.
+    wording = []
+    if cfg.editor in ("claude", "local"):
+        wording = [cfg.model, cfg.system, cfg.prompt, cfg.prefill, cfg.tags]
+
+    rows = {}
+    for source in given:
+        name = "original"
+        if is_pair:  # the less preferred answer y_l; no editor ever sees the preferred one
+            name = "output_2" if source["preference"] == 1 else "output_1"
+        asked = [source["instruction"], source["input"] or "", source[name], cfg.editor, *wording]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+        row = {"id": key, "instruction": source["instruction"], "input": source["input"]}
+        row["original"] = source[name]
+        row |= {field: source[field] for field in source if field not in own_fields}
+        if "id" in source:
+            row["source_id"] = source["id"]
+        if name in (source.get("cut") or []):
+            row["cut"] = ["original"]
+        rows[key] = row
+
     if len(rows) < len(given):
-        say(f"{cfg.data}: {len(given) - len(rows)} of {len(given)} rows ask what another one asks; that is asked once")
+        say(f"{cfg.data}: {len(given) - len(rows)} of {len(given)} rows are duplicates: asked once")
     return rows
 
 
 def uses_tags(cfg):
-    """Claude 4.5 and older continue a begun answer, later ones refuse (400); tags work with every model"""
-    old = re.search(r"claude-(2|3|instant|(opus|sonnet|haiku)-4(-[015])?(-20\d{6})?$)", cfg.model)
-    return not cfg.prefill or cfg.editor == "claude" and not old
+    """Is the answer asked for between tags? They work with every model. Without them we prefill the
+    model's turn, which Claude up to 4.5 and local models continue; later ones refuse (400)."""
+    if not cfg.prefill:
+        return True
+    takes_prefill = re.search(r"claude-(2|3|instant|"
+                              r"(opus|sonnet|haiku)-4(-[015])?(-20\d{6})?$)", cfg.model)
+    return cfg.editor == "claude" and not takes_prefill
 
 
 def build_request(cfg, row, longest=False):
-    """The arguments of client.messages.create. longest: after a reply that was cut"""
-    template = cfg.prompt if row["input"] else re.sub(r"^.*\{input\}.*\n?", "", cfg.prompt, flags=re.M)
+    """The arguments of client.messages.create. longest: with all of max_tokens, after a reply that
+    was cut"""
+    # Fill in the prompt; without an input the line that names it is removed.
+    template = cfg.prompt
+    if not row["input"]:
+        template = re.sub(r"^.*\{input\}.*\n?", "", template, flags=re.M)
     text = re.sub(r"\{(instruction|input|original)\}", lambda name: row[name[1]], template)
-    turns = [("user", f"{text}\n\n{cfg.tags}")]
-    if not uses_tags(cfg):
-        turns = [("user", text), ("assistant", cfg.prefill.rstrip())]  # white space at its end is refused
-    turns = [{"role": role, "content": whole_characters(content)} for role, content in turns]
-    # Room for an answer twice as long (a token is ~4 bytes) and, with Claude, for thinking, which counts, too.
-    room = len(whole_characters(row["original"]).encode()) // 2 + (1024 if cfg.editor == "claude" else 64)
-    return dict(model=cfg.model, max_tokens=cfg.max_tokens if longest else min(room, cfg.max_tokens), messages=turns,
-                **({"system": cfg.system} if cfg.system else {}))
+
+    # The API refuses white space at the end of a prefilled turn.
+    if uses_tags(cfg):
+        turns = [("user", f"{text}\n\n{cfg.tags}")]
+    else:
+        turns = [("user", text), ("assistant", cfg.prefill.rstrip())]
+    messages = [{"role": role, "content": whole_characters(content)} for role, content in turns]
+
+    # Room for an answer twice as long (a token is ~4 bytes), and for Claude's thinking.
+    max_tokens = cfg.max_tokens
+    if not longest:
+        room = len(whole_characters(row["original"]).encode()) // 2
+        room += 1024 if cfg.editor == "claude" else 64
+        max_tokens = min(room, max_tokens)
+
+    request = {"model": cfg.model, "max_tokens": max_tokens, "messages": messages}
+    if cfg.system:
+        request["system"] = cfg.system
+    return request
 
 
 # ---------------------------------------------------------------- replies: is this an edit?
 
-PREAMBLE = re.compile(r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
-                      r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)|"
-                      r"(sure|certainly|of course|okay)\W+(here|below|this)\b|"
-                      r".{0,40}\b(edited|revised|improved) (answer|response|version|text)\b.{0,40}:", re.I)
-COMMENT = re.compile(r"\n\s*\n\W*(i(['’]ve| have)? (only )?(made|changed|kept|added|removed|tried)|"
-                     r"(the |my )?(main |minimal )?(changes|edits)( i)?( made)?:)", re.I)
-REFUSAL = re.compile(r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|i'm unable|i am unable)\b", re.I)
+# How a reply begins that speaks about the edit before it gives it.
+PREAMBLE = re.compile(
+    # A first line that ends in a colon: "Here is the edited answer:"
+    r"(sure|certainly|of course|okay|(here|below|this) (is|are)|here's|i('ve| have| made)|"
+    r"(the )?(edited|revised|improved))\b[^\n]*:[ \t]*(\n|$)|"
+    # "Of course! Here you are"
+    r"(sure|certainly|of course|okay)\W+(here|below|this)\b|"
+    # "My improved version of it: ..." on one line
+    r".{0,40}\b(edited|revised|improved) (answer|response|version|text)\b.{0,40}:", re.I)
+
+# A last paragraph about the edit: "I changed one word.", "(The changes I made: ...)"
+COMMENT = re.compile(
+    r"\n\s*\n\W*("
+    r"i(['’]ve| have)? (only )?(made|changed|kept|added|removed|tried)|"
+    r"(the |my )?(main |minimal )?(changes|edits)( i)?( made)?:)", re.I)
+
+REFUSAL = re.compile(
+    r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|"
+    r"i'm unable|i am unable)\b", re.I)
+
+
+def newly_begins(pattern, text, original):
+    """Does the text begin like this, and not the original? An answer may well begin "Here are five
+    fruits:"."""
+    def begins(text):
+        return pattern.match(text.replace("’", "'"))
+    return bool(begins(text) and not begins(original))
 
 
 def read_reply(reply, original, tag):
-    """-> edited, error, again: the edit, or None, why there is none, and whether asking once more can help.
+    """-> edited, error, again: the edit, or None, why there is none, and whether asking once more
+    can help.
 
-    tag: the answer stands between <tag> and </tag>; None: the reply is the answer. White space around it is the model's
-    layout: the original's own is put back, so that it is no change. Nothing else is trimmed."""
-    def begins(pattern, text):
-        return bool(pattern.match(text.replace("’", "'")))
+    tag: the answer is between <tag> and </tag>; None: the reply is the answer. The white space
+    around it is the model's layout: the original's own is put back, so that it is no change.
+    Nothing else is trimmed."""
     if reply.error:
         return None, reply.error, reply.again
     if reply.stop_reason == "refusal":
         return None, "refusal", False
     if reply.stop_reason not in ("end_turn", "stop_sequence"):
         return None, f"cut by {reply.stop_reason}", True
-    text, core = reply.text.strip(), original.strip()
+
+    # The answer between its tags, and nothing around them.
+    text = reply.text.strip()
     if tag and text:
         inside = re.search(rf"<{tag}>(.*)</{tag}>", text, re.S)
         if not inside:
             return None, f"no <{tag}> tags", True
-        if inside[0] != text:
-            return None, "preamble" if inside.start() else "text behind the tags", True
+        if inside.start() > 0:
+            return None, "preamble", True
+        if inside.end() < len(text):
+            return None, "text behind the tags", True
         text = inside[1].strip()
     if not text:
         return None, "empty reply", True
-    if begins(PREAMBLE, text) and not begins(PREAMBLE, core):  # an answer may well begin "Here are five fruits:"
+
+    # Words about the answer. Outside of tags the model may also talk instead of editing.
+    core = original.strip()
+    if newly_begins(PREAMBLE, text, core):
         return None, "preamble", True
-    if not tag and begins(REFUSAL, text) and not begins(REFUSAL, core):
+    if not tag and newly_begins(REFUSAL, text, core):
         return None, "refusal", False
     if not tag and COMMENT.search(text) and not COMMENT.search(core):
         return None, "comment behind the answer", True
+
     start = len(original) - len(original.lstrip())
-    return original[:start] + text + original[start + len(core):], None, False
+    end = start + len(core)
+    return original[:start] + text + original[end:], None, False
 
 
 # ---------------------------------------------------------------- the one call of the service
@@ -211,8 +274,10 @@ def check(cfg, rows):
     if cfg.editor == "local":
         extra("editors.local", "--editor=local")
         check_model(cfg.model, "model", "--editor=local needs a chat model from the hub or a folder")
-        if not load_tokenizer(cfg.model).chat_template:
+        tokenizer = load_tokenizer(cfg.model)
+        if not tokenizer.chat_template:
             fail(f"--model={cfg.model} is no chat model: no chat template")
+        check_fits(cfg.model, "model", 0, vocabulary=len(tokenizer))
     return tag[1]
 
 

@@ -34,8 +34,9 @@ from common import (decode_response, encode_prompt, encode_response, generate, l
                     row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
-from plumbing.files import (check_fits, check_input, check_model, check_numbers, read_jsonl,
-                            replacing, whole_characters, write_jsonl)
+from plumbing.files import (check_input, check_numbers, read_jsonl, replacing, whole_characters,
+                            write_jsonl)
+from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, barrier, fail, say, total
 from plumbing.record import begin, finish, logged, progress, record_of
 
@@ -151,7 +152,7 @@ def check_decode(cfg):
     tokenizer = load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     longest = max(map(len, prompts)) + cfg.response_len
-    check_fits(cfg.model, "model", longest, speaks=True)
+    check_fits(cfg.model, "model", longest, vocabulary=len(tokenizer))
     return rows, tokenizer, prompts
 
 
@@ -567,7 +568,7 @@ def encode_pairs(cfg, pairs):
             prompts.append(encode_prompt(tokenizer, row))
             answers.append(ids or [tokenizer.eos_token_id])
     longest = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, answers))
-    check_fits(cfg.reward_model, "reward_model", longest)
+    check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return level, prompts, answers
 
 
@@ -841,7 +842,7 @@ def check_rewards(cfg):
     files = [read_held_out(path, tokenizer, cfg.max_tokens) for path in cfg.data]
     pairs = [pair for file in files for pair in file["pairs"]]
     longest = max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs)
-    check_fits(cfg.reward_model, "reward_model", longest)
+    check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return level, tokenizer, files
 
 

@@ -36,7 +36,8 @@ from common import (decode_response, encode_prompt, epoch_order, generate, last_
                     tokenizer_hash, total_rewards, unsharded)
 from plumbing import watch
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, logged, progress,
                              record_of, save_checkpoint, save_model, save_step, trim_logs)
@@ -381,8 +382,9 @@ def check(cfg):
     if tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(cfg.reward_model)):
         fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; "
              "it scores the policy's own ids")
-    check_fits(cfg.policy, "policy", cfg.query_len + cfg.response_len, speaks=True)
-    check_fits(cfg.reward_model, "reward_model", cfg.query_len + cfg.response_len)
+    longest = cfg.query_len + cfg.response_len
+    check_fits(cfg.policy, "policy", longest, vocabulary=len(tokenizer))
+    check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return tokenizer, reward_model_level
 
 

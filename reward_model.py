@@ -34,7 +34,8 @@ from common import (cosine, encode_prompt, encode_response, load_model, load_tok
                     mean_rewards, my_micro_batches, optimizer_step, pack, rows_at,
                     sequence_rewards, setup, token_heads, tokenizer_hash, total_rewards, upcast)
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.models import check_fits, check_model
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, record_of,
                              save_checkpoint, save_model, trim_logs)
@@ -399,7 +400,7 @@ def check(cfg):
     if cfg.eval_data:
         held_out, _ = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)
     longest = max(pair_length(pair) for pair in pairs + held_out)
-    check_fits(cfg.model, "model", longest)
+    check_fits(cfg.model, "model", longest, head="zero", vocabulary=len(tokenizer))
     return tokenizer, pairs, count, held_out
 
 

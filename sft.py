@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers import AutoConfig
 
 from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
                     my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs)
 from plumbing.command_line import load_config
-from plumbing.files import check_fits, check_input, check_model, check_numbers, read_jsonl
+from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.models import check_fits, check_model, meta_model, recurrent_layer
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, save_checkpoint,
                              save_model, trim_logs)
@@ -71,7 +73,12 @@ def check(cfg):
         fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
 
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses))
-    check_fits(cfg.model, "model", longest, speaks=True)
+    check_fits(cfg.model, "model", longest, generates=False, vocabulary=len(tokenizer))
+    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    as_reward_model = meta_model(config, "zero")
+    if as_reward_model is None or recurrent_layer(as_reward_model):
+        say(f"warning: no reward model can be made of --model={cfg.model} ({config.model_type}): "
+            "reward_model.py and ppo.py need attention layers and transformers' token classifier")
     return tokenizer, rows, numbers, prompts, responses
 
 

@@ -145,13 +145,16 @@ def parse_text(name, text, kind, where):
         fail(f"{where} must be {kind.__name__}{hint}, got {text!r}")
 
 
-def extra(name, needed_by):
-    """A module of extras/: extra("memory.plan", "--plan"); one line where the folder is missing"""
+def extra(name, needed_by=""):
+    """A module of extras/: extra("memory.plan", "--plan"). If the folder is missing: one line that
+    says what needs it, or None if nothing does."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("extras"):
             raise
+        if not needed_by:
+            return None
         fail(f"{needed_by} needs the folder extras/ of this project, which is missing here")
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import common
-from plumbing import files, record
+from plumbing import files, models, record
 from plumbing.command_line import load_config, one_line
 from plumbing.cache import in_place_cache
 from common import token_texts
@@ -153,17 +153,17 @@ def test_a_model_is_a_folder_of_ours_or_a_name_on_the_hub(tmp_path, monkeypatch,
     (tmp_path / "mine/ready/config.json").write_text("{}")
     mistake(
         capsys,
-        lambda: files.check_model("mine/ready", "model", "python sft.py"),
+        lambda: models.check_model("mine/ready", "model", "python sft.py"),
         "--model=mine/ready holds no weights",
     )
-    files.check_model("mine/ready", "model", "python sft.py", weights=False)
+    models.check_model("mine/ready", "model", "python sft.py", weights=False)
     (tmp_path / "mine/ready/model.safetensors").write_text("")
     for good in ("org/some-Model_1.5", "mine/ready", tmp_path / "mine/ready"):
-        files.check_model(good, "model", "python sft.py")
+        models.check_model(good, "model", "python sft.py")
     for bad in ("mine/unfinished", "out/sft", "data/model", "name", "./a/b", tmp_path / "none"):
         mistake(
             capsys,
-            lambda: files.check_model(bad, "model", "python sft.py"),
+            lambda: models.check_model(bad, "model", "python sft.py"),
             f"--model={bad}",
             "python sft.py",
         )
@@ -175,18 +175,18 @@ def test_pickled_weights_are_refused(tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     mistake(
         capsys,
-        lambda: files.check_model(tmp_path, "model", "python sft.py"),
+        lambda: models.check_model(tmp_path, "model", "python sft.py"),
         f"--model={tmp_path}",
         "never loaded",
     )
     mistake(
         capsys,
-        lambda: files.check_model(tmp_path, "model", "python sft.py", weights="new"),
+        lambda: models.check_model(tmp_path, "model", "python sft.py", weights="new"),
         "never loaded",
     )
-    files.check_model(tmp_path, "tokenizer", "python sft.py", weights=False)
+    models.check_model(tmp_path, "tokenizer", "python sft.py", weights=False)
     (tmp_path / "model.safetensors").write_text("")
-    files.check_model(tmp_path, "model", "python sft.py")
+    models.check_model(tmp_path, "model", "python sft.py")
 
 
 def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
@@ -199,26 +199,24 @@ def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
         ("bart", BartConfig()),
     ):  # GPT-2: no layers; NeoX: no score; Bart: no such class
         config.save_pretrained(tmp_path / name)
-    files.check_fits(tmp_path / "llama", "model", 2048)
-    files.check_fits(tmp_path / "qwen", "model", 50)
-    files.check_fits(
-        tmp_path / "olmo", "model", 50, speaks=True
-    )  # no reward model can be made of it, but it speaks
+    models.check_fits(tmp_path / "llama", "model", 2048, head="zero")
+    models.check_fits(tmp_path / "qwen", "model", 50, head="zero")
+    models.check_fits(tmp_path / "olmo", "model", 50)  # a language model only
     mistake(
         capsys,
-        lambda: files.check_fits(tmp_path / "qwen", "model", 51),
+        lambda: models.check_fits(tmp_path / "qwen", "model", 51),
         "--model=",
-        "positions for 50 tokens, the longest row has 51",
+        "positions for 50 tokens, this run needs 51",
     )
     mistake(
         capsys,
-        lambda: files.check_fits(tmp_path / "gpt2", "model", 9, speaks=True),
+        lambda: models.check_fits(tmp_path / "gpt2", "model", 9),
         "built as Llama is",
     )
     for name in ("gpt2", "neox", "bart", "olmo"):
         mistake(
             capsys,
-            lambda: files.check_fits(tmp_path / name, "model", 9),
+            lambda: models.check_fits(tmp_path / name, "model", 9, head="zero"),
             f"--model={tmp_path}/{name}",
             "built as Llama is",
         )

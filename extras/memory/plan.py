@@ -24,7 +24,8 @@ import torch
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           LlamaConfig)
 
-from plumbing.files import check_fits, check_model, check_numbers
+from plumbing.files import check_numbers
+from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, say
 
 
@@ -213,8 +214,8 @@ def planned_config(cfg, flag, made_by):
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
     check_model(name, flag, made_by, weights=False)
-    check_fits(name, flag, cfg.query_len + cfg.response_len)
-    return AutoConfig.from_pretrained(name)
+    check_fits(name, flag, cfg.query_len + cfg.response_len, head="zero")
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def models_of(cfg):

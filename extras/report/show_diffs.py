@@ -11,7 +11,8 @@ from common import load_tokenizer, token_texts
 from diff import EDIT_FIELDS, align, changed_share, diff_row
 from extras.pages import question_html, safe, write_show_page
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_model, check_numbers, read_jsonl
+from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.models import check_model
 from plumbing.paint import plain
 
 

@@ -13,7 +13,8 @@ from common import (encode_prompt, encode_response, load_model, load_tokenizer, 
 from diff import align
 from extras.pages import heat, question_html, safe, write_show_page
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_model, check_numbers, read_jsonl
+from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.models import check_fits, check_model
 from plumbing.paint import paint, plain
 from plumbing.ranks import fail
 
@@ -88,6 +89,7 @@ def show_answers(cfg):
     terminal, side by side on a page"""
     # Check the files before the model is loaded.
     check_model(cfg.model, "model", "python reward_model.py")
+    check_fits(cfg.model, "model", 0, head="saved")
     level = reward_level(cfg.model)
     check_numbers(cfg, "n")
     if not cfg.data:

@@ -1,0 +1,158 @@
+"""What can be wrong with a model's folder, found before it is loaded: weights that are missing or
+have other names, a family or an attention that a stage does not know, too few positions."""
+import json, re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from plumbing.command_line import extra
+from plumbing.ranks import fail
+
+RECURRENT = re.compile("conv|mamba|ssm|A_log|linear_attn|recurrent|time_mix|rglru")
+
+
+def check_model(path, flag, made_by, *, weights=True):
+    """fail() unless path is a Hugging Face folder, or org/name on the hub (org is no local folder).
+    weights: True, False (config and tokenizer are enough), or "new" (it may be given new ones)."""
+    folder = Path(path)
+    if is_on_hub(path):
+        return
+    if (folder / "adapter_config.json").exists():
+        fail(f"--{flag}={path} is an adapter; merge it into its base model first")
+    if not (folder / "config.json").exists():
+        fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
+    if not weights or weight_files(folder, flag):
+        return
+    if any(folder.glob("pytorch_model*.bin*")):
+        fail(f"--{flag}={path} has its weights as a pickle, which is never loaded; save .safetensors")
+    if weights != "new":
+        fail(f"--{flag}={path} holds no weights (no .safetensors); make it with: {made_by}")
+
+
+def is_on_hub(path):
+    org = str(path).partition("/")[0]
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    return bool(named) and org not in ("out", "data") and not Path(org).exists()
+
+
+def weight_files(folder, flag):
+    """The safetensors files of a local model, [] without any; fail() if a shard is missing"""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            fail(f"--{flag}={folder} lacks {name}, which {index.name} lists; copy it again")
+    return [folder / name for name in names]
+
+
+def stored_shapes(files, flag):
+    """name -> shape of the tensors in the files, from their headers: no weight is read"""
+    shapes = {}
+    for file in files:
+        if file.open("rb").read(19) == b"version https://git":
+            fail(f"--{flag}: {file} is a Git LFS pointer, not the weights; run: git lfs pull")
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            fail(f"--{flag}: {file} is not a complete safetensors file ({error}); copy it again")
+    return shapes
+
+
+def meta_model(config, head):
+    """The modules and shapes of a model, without memory. None: transformers has no such class for
+    this family, or it is not built as Llama is (model.layers, score)."""
+    Auto = AutoModelForTokenClassification if head else AutoModelForCausalLM
+    if head:
+        config.update(dict(num_labels=1, token_classification_bias=False))
+    try:
+        with torch.device("meta"):
+            model = Auto.from_config(config, trust_remote_code=False)
+    except (ValueError, AttributeError):
+        return None
+    known = hasattr(model.base_model, "layers") and (not head or hasattr(model, "score"))
+    return model if known else None
+
+
+def recurrent_layer(model):
+    """The first tensor of a layer that is not attention, or None"""
+    names = (name for name, _ in model.base_model.layers.named_parameters())
+    return next(filter(RECURRENT.search, names), None)
+
+
+def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
+    """fail() unless common.load_model(path, head=head) gives the folder's own model, with positions
+    for rows of `length` tokens and an embedding for each of `vocabulary` tokens. generates: the
+    stage decodes with it. A local folder without weights passes: check_model() decides on that."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:  # not on the hub, no network, unknown family
+        fail(f"--{flag}={path}: {str(error).strip().splitlines()[0]}")
+    name = " ".join(config.architectures or [])
+    text = config.get_text_config()
+    if head is None and "Classification" in name:
+        fail(f"--{flag}={path} is a reward model ({name}), not a language model")
+    if getattr(config, "quantization_config", None):
+        fail(f"--{flag}={path} is quantised; save it in bfloat16 first (model.dequantize())")
+    room = getattr(text, "max_position_embeddings", None) or length
+    if length > room:
+        fail(f"--{flag}={path} has positions for {room} tokens, this run needs {length}; lower the "
+             "length limits")
+    if vocabulary > text.vocab_size:
+        fail(f"--{flag}={path} has {text.vocab_size} embeddings, its tokenizer {vocabulary} tokens; "
+             "resize the embeddings, or take the tokenizer that belongs to the weights")
+
+    model = meta_model(config, head)
+    if model is None:
+        fail(f"--{flag}={path} ({config.model_type}) is not built as Llama is (model.layers, score)")
+    if recurrent_layer(model) and (head or generates):
+        fail(f"--{flag}={path} ({config.model_type}) has recurrent or linear layers "
+             f"({recurrent_layer(model)}); generation and reward models need attention in each layer")
+    if not is_on_hub(path):
+        check_weights(path, flag, model, head)
+
+
+def check_weights(path, flag, model, head):
+    """fail() unless the folder's tensors are the model's, by name and shape. Allowed: a new head
+    (head="zero"), the head that it replaces, the second name of tied weights."""
+    files = weight_files(Path(path), flag)
+    if not files or get_checkpoint_conversion_mapping(model.config.model_type):
+        return  # new weights; or tensors that transformers renames: load_model compares them
+    prefix = model.base_model_prefix + "."  # backbones are saved with and without it
+    stored = {n.removeprefix(prefix): s for n, s in stored_shapes(files, flag).items()}
+    wanted = {n.removeprefix(prefix): tuple(w.shape) for n, w in model.state_dict().items()}
+
+    missing = set(wanted) - set(stored)
+    unexpected = set(stored) - set(wanted)
+    reshaped = [n for n in wanted if stored.get(n, wanted[n]) != wanted[n]]
+    compare(path, flag, model, head, missing, unexpected, reshaped)
+
+
+def check_loaded(path, model, head, info):
+    """The second guard: what transformers reports after loading"""
+    reshaped = [name for name, *_ in info["mismatched_keys"]]
+    compare(path, "model", model, head, info["missing_keys"], info["unexpected_keys"], reshaped)
+
+
+def compare(path, flag, model, head, missing, unexpected, reshaped):
+    """fail() unless the names are those that may differ: one line with how many weights, the first
+    two names on each side, and what it looks like"""
+    may_differ = ("rotary_emb.inv_freq",)
+    if head or model.config.tie_word_embeddings:
+        may_differ += ("lm_head.weight",)
+    if head == "zero":
+        may_differ += ("score.weight", "score.bias")
+    sides = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    for side, names in sides.items():
+        sides[side] = sorted(name for name in names if not name.endswith(may_differ))
+    parts = [f"{len(names)} {side} ({', '.join(names[:2])})" for side, names in sides.items() if names]
+    if parts:
+        diagnose = extra("diagnose")
+        hint = diagnose.looks_like(*sides.values()) if diagnose else ""
+        fail(f"--{flag}={path}: the weights are not this model's: {', '.join(parts)}{hint}")
