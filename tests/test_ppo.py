@@ -1,104 +1,79 @@
-"""ppo.py to the decimal: a planted reward through the whole of a step, the objective by finite
-differences, what may change nothing, and what one sees. pytest tests/test_ppo.py"""
-
-import json, math, sys
+"""ppo.py in numbers: a planted reward followed through a complete step, the gradient by finite
+differences, what must not change a result, and what a user sees. pytest tests/test_ppo.py"""
+import json, math, statistics, sys
 from types import SimpleNamespace
 
 import pytest, torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForTokenClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification,
+                          PreTrainedTokenizerFast)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import common, ppo
-from plumbing import files
-from plumbing import watch
+from plumbing import files, watch
 
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------- a planted reward, from the prompt to the advantage
-
+# ---------------------------------------------------------------- a planted reward
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A policy that says the alphabet from a letter drawn among r, u, w, x, y and c to z and then
-    EOS, and a reward model that pays 3 for an x and nothing else. -> folder with policy/, rm/,
-    prompts.jsonl"""
+    """A policy that draws one of the letters r, u, w, x, y, c, says the alphabet from there to z,
+    and then EOS; and a reward model that pays 3 for an x and nothing else.
+    -> folder with policy/, rm/, prompts.jsonl"""
     home = tmp_path_factory.mktemp("planted")
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_only = Tokenizer(models.BPE(vocab=letters, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>"
-    )
-    V, H = len(tokenizer), 264
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, bos_token="<s>",
+                                        eos_token="</s>")
+    V = len(tokenizer)
+    H = 264
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=1,
-        token_classification_bias=False,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-    )
-    policy, rm = LlamaForCausalLM(config), LlamaForTokenClassification(config)
+    config = LlamaConfig(vocab_size=V, hidden_size=H, intermediate_size=8, num_hidden_layers=2,
+                         num_attention_heads=4, num_labels=1, token_classification_bias=False,
+                         rms_norm_eps=1e-12, tie_word_embeddings=False)
+    policy = LlamaForCausalLM(config)
+    rm = LlamaForTokenClassification(config)
+
     with torch.no_grad():
-        for model in (
-            policy,
-            rm,
-        ):  # no layer adds anything: the last hidden state is sqrt(H) at the token itself
+        # No layer adds anything: the last hidden state is sqrt(H) at the token's own index.
+        for model in (policy, rm):
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
             model.model.embed_tokens.weight.copy_(torch.eye(V, H))
+
         policy.lm_head.weight.zero_()
         for letter, following in zip("cdefghijklmnopqrstuvwxyz", "defghijklmnopqrstuvwxyz"):
             policy.lm_head.weight[letters[following], letters[letter]] = 10.0
         policy.lm_head.weight[tokenizer.eos_token_id, letters["z"]] = 10.0
         for start in "ruwxyc":
             policy.lm_head.weight[letters[start], letters[":"]] = 10.0  # every prompt ends in ":"
+
         rm.score.weight.zero_()
         rm.score.weight[0, letters["x"]] = 3 / math.sqrt(H)
+
     for name, model in (("policy", policy), ("rm", rm)):
         model.save_pretrained(home / name)
         tokenizer.save_pretrained(home / name)
-    files.write_jsonl(
-        home / "prompts.jsonl",
-        [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)],
-    )
+    rows = [dict(instruction="x" * (1 + 7 * i % 19), input="") for i in range(24)]
+    files.write_jsonl(home / "prompts.jsonl", rows)
     return home
 
 
 def step_of(planted, tmp_path, monkeypatch, **fields):
     """One step of ppo.main up to its update -> the rollout that the update gets, and the row of
     metrics.jsonl"""
-    fields = (
-        dict(
-            rollout_batch=24,
-            rollout_micro_batch=7,
-            score_micro_batch=5,
-            batch=12,
-            micro_batch=5,
-            response_len=8,
-            steps=1,
-            query_len=300,
-            kl_coef=0.0,
-            whiten_rewards=False,
-            whiten_advantages=False,
-        )
-        | fields
-    )
+    defaults = dict(rollout_batch=24, rollout_micro_batch=7, score_micro_batch=5, batch=12,
+                    micro_batch=5, response_len=8, steps=1, query_len=300, kl_coef=0.0,
+                    whiten_rewards=False, whiten_advantages=False)
+    cfg = ppo.Config(policy=str(planted / "policy"), reward_model=str(planted / "rm"),
+                     out=str(tmp_path / "out"), data=str(planted / "prompts.jsonl"),
+                     **(defaults | fields))
     seen = {}
 
     def update(models, optimizer, rollout, *rest):
@@ -107,24 +82,17 @@ def step_of(planted, tmp_path, monkeypatch, **fields):
 
     monkeypatch.setattr(ppo, "update", update)
     monkeypatch.setattr(watch, "listen_for_sigterm", lambda: None)
-    ppo.main(
-        ppo.Config(
-            policy=str(planted / "policy"),
-            reward_model=str(planted / "rm"),
-            out=str(tmp_path / "out"),
-            data=str(planted / "prompts.jsonl"),
-            **fields,
-        )
-    )
+    ppo.main(cfg)
+
+    # What was said is what the planted policy can say.
     tokenizer = AutoTokenizer.from_pretrained(planted / "policy")
     said = [common.decode_response(tokenizer, ids) for ids in seen["responses"]]
     ended = [ids[-1] == tokenizer.eos_token_id for ids in seen["responses"]]
     assert {text[0] for text in said} == set("ruwxyc")
     assert len({len(ids) for ids in seen["prompts"]}) > 3, "left padding"
     assert all((text + "$")[:8] in "cdefghijklmnopqrstuvwxyz$" for text in said), said
-    assert {text for text, end in zip(said, ended) if end} == {"uvwxyz", "wxyz", "xyz", "yz"}, (
-        "EOS; the rest is cut"
-    )
+    finished = {text for text, end in zip(said, ended) if end}
+    assert finished == {"uvwxyz", "wxyz", "xyz", "yz"}, "these end in EOS; the rest is cut"
     return seen, said, ended, json.loads((tmp_path / "out/metrics.jsonl").read_text())
 
 
@@ -135,52 +103,48 @@ def test_a_planted_reward_reaches_the_action_that_earned_it(planted, tmp_path, m
         t0 = text.find("x")  # -1: never said
         for t, A in enumerate(advantages):
             earned = t == t0 if lam == 0 else t <= t0
-            assert A == pytest.approx(3.0, abs=1e-5) if earned else A == 0.0, (text, t, advantages)
+            want = pytest.approx(3.0, abs=1e-5) if earned else 0.0
+            assert A == want, (text, t, advantages)
     tokens = sum(map(len, rollout["responses"]))
-    assert row["token_reward"] == pytest.approx(
-        sum("x" in text for text in said) * 3 / tokens, abs=1e-6
-    )
+    paid = 3 * sum("x" in text for text in said)
+    assert row["token_reward"] == pytest.approx(paid / tokens, abs=1e-6)
     assert row["eos_share"] == pytest.approx(sum(ended) / 24) and row["kl"] == 0
     assert row["response_length"] == tokens / 24
 
 
 def test_a_planted_reward_at_sequence_level_is_spread_over_the_row(planted, tmp_path, monkeypatch):
-    """level=sequence with a token reward model: R(tau) of Eq. 1 on every token of the row, nothing
-    behind it"""
+    """level=sequence with a token-level reward model: R(tau) of Eq. 1 on every token of the row,
+    and 0 after it"""
     rollout, said, _, _ = step_of(planted, tmp_path, monkeypatch, level="sequence")
     for text, ids, advantages in zip(said, rollout["responses"], rollout["advantages"].tolist()):
         R = 3 / len(ids) if "x" in text else 0.0
-        assert advantages == pytest.approx(
-            [R] * len(ids) + [0.0] * (len(advantages) - len(ids)), abs=1e-6
-        )
+        padding = len(advantages) - len(ids)
+        assert advantages == pytest.approx([R] * len(ids) + [0.0] * padding, abs=1e-6)
 
 
-def test_a_step_tells_what_it_has_seen(planted, tmp_path, monkeypatch, capsys):
-    """Three samples with their token rewards, one of them printed; alarms; b moves towards
+def test_a_step_saves_and_prints_samples(planted, tmp_path, monkeypatch, capsys):
+    """Three samples with their token rewards, one of them printed; no alarm; b moves towards
     kl_target, by at most 2%"""
-    rollout, said, _, row = step_of(
-        planted,
-        tmp_path,
-        monkeypatch,
-        kl_coef=0.5,
-        kl_target=6.0,
-        reward_scale="fixed",
-        fixed_length=1000,
-    )
-    samples = [
-        json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()
-    ]
+    rollout, said, _, row = step_of(planted, tmp_path, monkeypatch, kl_coef=0.5, kl_target=6.0,
+                                    reward_scale="fixed", fixed_length=1000)
+    lines = (tmp_path / "out/samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
     assert [sample["output"] for sample in samples] == said[:3]
     for sample in samples:
         assert "".join(sample["tokens"]) in (sample["output"], sample["output"] + "</s>")
-        assert sample["token_rewards"] == pytest.approx(
-            [3.0 * (token == "x") for token in sample["tokens"]], abs=1e-5
-        )
+        want = [3.0 if token == "x" else 0.0 for token in sample["tokens"]]
+        assert sample["token_rewards"] == pytest.approx(want, abs=1e-5)
     out = capsys.readouterr().out
     assert "R = +" in out and "ALARM" not in out
-    assert row["kl_coef"] == 0.5 and row["next_kl_coef"] == pytest.approx(
-        0.5 * 0.98
-    )  # KL 0 is far below 6
+    assert row["kl_coef"] == 0.5
+    assert row["next_kl_coef"] == pytest.approx(0.5 * 0.98)  # KL 0 is far below 6
+
+
+def test_the_adaptive_kl_moves_by_at_most_two_percent():
+    assert ppo.next_kl_coef(0.5, 6.6, 6.0) == pytest.approx(0.5 * 1.01)
+    assert ppo.next_kl_coef(0.5, 60.0, 6.0) == pytest.approx(0.5 * 1.02)
+    assert ppo.next_kl_coef(0.5, -60.0, 6.0) == pytest.approx(0.5 * 0.98)
+    assert ppo.next_kl_coef(0.5, 60.0, None) == 0.5
 
 
 def test_an_alarm_is_printed(planted, tmp_path, monkeypatch, capsys):
@@ -199,16 +163,14 @@ def test_the_mean_scale_gives_R_at_the_first_token(planted, tmp_path, monkeypatc
 
 
 def test_a_truncated_response_pays_at_its_last_token_only(planted, tmp_path, monkeypatch):
-    rollout, said, ended, row = step_of(
-        planted, tmp_path, monkeypatch, lam=0.0, missing_eos_penalty=2.0
-    )
+    rollout, said, ended, row = step_of(planted, tmp_path, monkeypatch, lam=0.0,
+                                        missing_eos_penalty=2.0)
     for text, end, advantages in zip(said, ended, rollout["advantages"].tolist()):
         want = [3.0 * (t == text.find("x")) - 2.0 * (t == 7 and not end) for t in range(8)]
         assert advantages == pytest.approx(want, abs=1e-5), text
 
 
 # ---------------------------------------------------------------- the update in float64
-
 
 def exact_norm(self, x):
     """LlamaRMSNorm without its cast to float32"""
@@ -221,59 +183,33 @@ def tiny(monkeypatch):
     clips"""
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=23,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_labels=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        token_classification_bias=False,
-        classifier_dropout=0.0,
-    )
-    models = torch.nn.ModuleDict(
-        dict(policy=LlamaForCausalLM(config), value=LlamaForTokenClassification(config))
-    )
-    models = models.double()
-    cfg = ppo.Config(
-        rollout_batch=6,
-        batch=6,
-        micro_batch=2,
-        ppo_epochs=1,
-        max_grad_norm=None,
-        temperature=0.7,
-        vf_coef=0.3,
-        value_clip=0.1,
-        data="d.jsonl",
-        out="out",
-    )
+    config = LlamaConfig(vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_labels=1, num_attention_heads=4, num_key_value_heads=2,
+                         initializer_range=0.3, tie_word_embeddings=False,
+                         token_classification_bias=False, classifier_dropout=0.0)
+    policy = LlamaForCausalLM(config)
+    value = LlamaForTokenClassification(config)
+    models = torch.nn.ModuleDict(dict(policy=policy, value=value)).double()
+    cfg = ppo.Config(rollout_batch=6, batch=6, micro_batch=2, ppo_epochs=1, max_grad_norm=None,
+                     temperature=0.7, vf_coef=0.3, value_clip=0.1, data="d.jsonl", out="out")
     draw = torch.Generator().manual_seed(1)
-    lengths = [(3, 4), (1, 1), (5, 2), (2, 6), (4, 3), (2, 5)]
-    prompts, responses = (
-        [torch.randint(1, 23, (pair[k],), generator=draw).tolist() for pair in lengths]
-        for k in (0, 1)
-    )
-    packed = common.pack(prompts, responses, CPU)
+
+    def random_ids(length):
+        return torch.randint(1, 23, (length,), generator=draw).tolist()
 
     def noise(scale):
         return scale * torch.randn(6, 6, generator=draw, dtype=torch.float64)
 
+    prompts = [random_ids(length) for length in (3, 1, 5, 2, 4, 2)]
+    responses = [random_ids(length) for length in (4, 1, 2, 6, 3, 5)]
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+    packed = common.pack(prompts, responses, CPU)
     with torch.no_grad():
         old_logprobs = common.token_logprobs(models["policy"], *packed, 0.7) + noise(0.25)
         old_values = common.token_heads(models["value"], *packed, before=True) + noise(0.15)
-    rollout = dict(
-        prompts=prompts,
-        responses=responses,
-        lengths=[p + r for p, r in lengths],
-        numbers=range(11, 17),
-        old_logprobs=old_logprobs,
-        old_values=old_values,
-        advantages=noise(1.0),
-        returns=noise(1.0),
-    )
+    rollout = dict(prompts=prompts, responses=responses, lengths=lengths, numbers=range(11, 17),
+                   old_logprobs=old_logprobs, old_values=old_values, advantages=noise(1.0),
+                   returns=noise(1.0))
     return cfg, models, rollout
 
 
@@ -281,7 +217,8 @@ class Keep:
     """An optimizer that keeps the gradients it is given and changes nothing"""
 
     def __init__(self, models):
-        self.param_groups, self.grads = [dict(params=list(models.parameters()))], None
+        self.param_groups = [dict(params=list(models.parameters()))]
+        self.grads = None
 
     def step(self):
         self.grads = [p.grad.clone() for p in self.param_groups[0]["params"]]
@@ -297,33 +234,31 @@ def updated(cfg, models, rollout):
 
 
 def slow_objective(cfg, models, rollout):
-    """What update() tells of one optimizer batch, a row and a token at a time, without padding"""
-    policy = value = clipped = value_clipped = tokens = 0.0
+    """The figures of update() for one optimizer batch, a row and a token at a time, no padding"""
+    policy = 0.0
+    value = 0.0
+    clipped = 0
+    value_clipped = 0
     ratios = []
     for row, (prompt, response) in enumerate(zip(rollout["prompts"], rollout["responses"])):
         ids = torch.tensor([prompt + response])
-        logits, heads = (
-            models["policy"](ids).logits[0] / cfg.temperature,
-            models["value"](ids).logits[0, :, 0],
-        )
+        logits = models["policy"](ids).logits[0] / cfg.temperature
+        heads = models["value"](ids).logits[0, :, 0]
         for t, token in enumerate(response):
             at = len(prompt) + t - 1  # the position that has read s_t and not yet a_t
-            logprob, v = (
-                logits[at, token].item() - torch.logsumexp(logits[at], 0).item(),
-                heads[at].item(),
-            )
-            old_logprob, old_v, A, target = (
-                rollout[name][row, t].item()
-                for name in ("old_logprobs", "old_values", "advantages", "returns")
-            )
-            ratio = math.exp(logprob - old_logprob)
+            logprob = logits[at, token].item() - torch.logsumexp(logits[at], 0).item()
+            v = heads[at].item()
+            old_v = rollout["old_values"][row, t].item()
+            A = rollout["advantages"][row, t].item()
+            target = rollout["returns"][row, t].item()
+            ratio = math.exp(logprob - rollout["old_logprobs"][row, t].item())
             policy -= min(ratio * A, min(max(ratio, 1 - cfg.clip), 1 + cfg.clip) * A)
             near = min(max(v, old_v - cfg.value_clip), old_v + cfg.value_clip)
             value += 0.5 * max((v - target) ** 2, (near - target) ** 2)
             ratios.append(ratio)
             clipped += abs(ratio - 1) > cfg.clip
             value_clipped += abs(v - old_v) > cfg.value_clip
-            tokens += 1
+    tokens = len(ratios)
     return dict(
         policy_loss=policy / tokens,
         value_loss=value / tokens,
@@ -343,14 +278,12 @@ def test_the_gradient_is_that_of_the_objective(tiny):
     with torch.enable_grad():
         stats, grads = updated(cfg, models, rollout)
     slow = slow_objective(cfg, models, rollout)
-    assert 0.2 < slow["clip_fraction"] < 0.8 and 0.2 < slow["value_clipped"] < 0.8, (
-        "both sides of both clips"
-    )
+    assert 0.2 < slow["clip_fraction"] < 0.8, "both sides of the clip of the ratio"
+    assert 0.2 < slow["value_clipped"] < 0.8, "both sides of the clip of V"
     norm = math.sqrt(sum(g.square().sum().item() for g in grads))
     assert stats == pytest.approx(slow | dict(grad_norm=norm), abs=1e-6)
-    assert [stats[name] for name in ("policy_loss", "value_loss")] == pytest.approx(
-        [slow[name] for name in ("policy_loss", "value_loss")], abs=1e-12
-    )
+    for name in ("policy_loss", "value_loss"):
+        assert stats[name] == pytest.approx(slow[name], abs=1e-12)
     torch.manual_seed(2)
 
     def objective():
@@ -360,7 +293,8 @@ def test_the_gradient_is_that_of_the_objective(tiny):
     for (name, parameter), grad in zip(models.named_parameters(), grads):
         entries = [grad.abs().argmax().item(), *torch.randint(grad.numel(), (2,)).tolist()]
         for i in entries:
-            flat, before = parameter.view(-1), parameter.view(-1)[i].item()
+            flat = parameter.view(-1)
+            before = flat[i].item()
             flat[i] = before + 1e-6
             above = objective()
             flat[i] = before - 1e-6
@@ -382,7 +316,7 @@ def test_padding_micro_batches_and_order_change_nothing(tiny, monkeypatch):
         return [part[::-1] for part in common.my_micro_batches(rows, lengths, micro_batch)]
 
     def unsorted_deal(rows, lengths, micro_batch):
-        return [list(rows)[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+        return [list(rows)[i:i + micro_batch] for i in range(0, len(rows), micro_batch)]
 
     for fields, name, other in (
         (dict(micro_batch=1), None, None),
@@ -396,45 +330,33 @@ def test_padding_micro_batches_and_order_change_nothing(tiny, monkeypatch):
                 patch.setattr(ppo, name, other)
             stats_2, grads_2 = updated(ppo.Config(**(vars(cfg) | fields)), models, rollout)
         assert stats_2 == pytest.approx(stats, rel=1e-12, abs=1e-12), (fields, name)
-        assert max((a - b).abs().max().item() for a, b in zip(grads, grads_2)) < 1e-13, (
-            fields,
-            name,
-        )
+        difference = max((a - b).abs().max().item() for a, b in zip(grads, grads_2))
+        assert difference < 1e-13, (fields, name)
 
 
 def test_without_a_value_clip_no_value_is_clipped(tiny):
     cfg, models, rollout = tiny
+    clipped, _ = updated(cfg, models, rollout)
     stats, _ = updated(ppo.Config(**(vars(cfg) | dict(value_clip=None))), models, rollout)
-    assert (
-        stats["value_clipped"] == 0
-        and stats["value_loss"] < updated(cfg, models, rollout)[0]["value_loss"]
-    )
+    assert stats["value_clipped"] == 0
+    assert stats["value_loss"] < clipped["value_loss"]
 
 
 def test_padding_and_micro_batches_change_no_rollout_and_no_score(tiny, monkeypatch):
     cfg, models, _ = tiny
-    cfg = ppo.Config(
-        **(
-            vars(cfg)
-            | dict(rollout_batch=9, rollout_micro_batch=4, response_len=12, temperature=1.0)
-        )
-    )
+    fields = dict(rollout_batch=9, rollout_micro_batch=4, response_len=12, temperature=1.0)
+    cfg = ppo.Config(**(vars(cfg) | fields))
     prompts = [[5, 6, 7], [4], [9] * 6, [1, 2], [3, 3, 3, 3], [8], [2, 9], [7] * 5, [6]]
 
+    def heads(*packed):
+        return common.token_heads(models["value"], *packed).float()
+
     def rolled():
-        responses = ppo.roll_out(
-            models["policy"], SimpleNamespace(eos_token_id=3), prompts, cfg, 0, CPU
-        )
-        parts = common.my_micro_batches(
-            range(9), [len(p) + len(r) for p, r in zip(prompts, responses)], cfg.score_micro_batch
-        )
-        return responses, ppo.score(
-            lambda *packed: common.token_heads(models["value"], *packed).float(),
-            parts,
-            prompts,
-            responses,
-            CPU,
-        )
+        tokenizer = SimpleNamespace(eos_token_id=3)
+        responses = ppo.roll_out(models["policy"], tokenizer, prompts, cfg, 0, CPU)
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        parts = common.my_micro_batches(range(9), lengths, cfg.score_micro_batch)
+        return responses, ppo.score(heads, parts, prompts, responses, CPU)
 
     responses, r = rolled()
     assert len({len(ids) for ids in responses}) > 2
@@ -442,14 +364,11 @@ def test_padding_and_micro_batches_change_no_rollout_and_no_score(tiny, monkeypa
     monkeypatch.setattr(ppo, "pack", wider)
     responses_2, r_2 = rolled()
     assert responses == responses_2 and torch.allclose(r, r_2, atol=1e-6)
-    for row, (prompt, ids) in enumerate(
-        zip(prompts, responses)
-    ):  # and it is what the model says of the row alone
-        alone = models["value"](torch.tensor([prompt + ids])).logits[0, len(prompt) :, 0]
-        assert (
-            torch.allclose(r[row, : len(ids)].double(), alone, atol=1e-6)
-            and (r[row, len(ids) :] == 0).all()
-        )
+    # And it is what the model says of each row alone.
+    for row, (prompt, ids) in enumerate(zip(prompts, responses)):
+        alone = models["value"](torch.tensor([prompt + ids])).logits[0, len(prompt):, 0]
+        assert torch.allclose(r[row, :len(ids)].double(), alone, atol=1e-6)
+        assert (r[row, len(ids):] == 0).all()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tiny, monkeypatch, capsys):
@@ -460,24 +379,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tiny, monkeypatch,
         ppo.update(models, optimizer, rollout, cfg, 5, 1.0, CPU)
     line = capsys.readouterr().err
     assert end.value.code == 2 and optimizer.grads is None, "nothing may be updated"
-    assert (
-        "step 5: the loss is not finite in row(s) 14 of d.jsonl" in line and line.count("\n") == 1
-    )
+    assert "step 5: the loss is not finite in row(s) 14 of d.jsonl" in line
+    assert line.count("\n") == 1
 
 
-# ---------------------------------------------------------------- what one sees
+def test_many_rows_that_are_not_finite_are_still_one_line(capsys):
+    with pytest.raises(SystemExit):
+        ppo.stop_if(torch.ones(9).bool(), "r is", 0, range(1, 10), ppo.Config())
+    assert "in row(s) 1, 2, 3, 4, 5, 6, 7, 8, ... of " in capsys.readouterr().err
 
+
+# ---------------------------------------------------------------- what a user sees
 
 def history(n, **last):
-    row = dict(
-        reward=1.0,
-        kl=1.0,
-        approx_kl=0.01,
-        eos_share=0.9,
-        return_sd=1.0,
-        first_ratio_error=0.0,
-        response_length=40.0,
-    )
+    """n rows of a metrics.jsonl without an alarm, and the fields `last` in the last row"""
+    row = dict(reward=1.0, kl=1.0, approx_kl=0.01, eos_share=0.9, return_sd=1.0,
+               first_ratio_error=0.0, response_length=40.0)
     rows = [row | dict(step=k, reward=1.0 + 0.1 * k) for k in range(n)]
     rows[-1] |= last
     return rows
@@ -499,128 +416,110 @@ def test_alarms_are_words(last, words):
     assert words in said
 
 
-def test_a_flat_reward_is_told_every_twenty_steps():
+def steps_with_an_alarm(rows):
+    counts = range(1, len(rows) + 1)
+    return [k for k in counts if watch.alarms(ppo.Config(), rows[:k], torch.float32)]
+
+
+def test_a_flat_reward_is_reported_every_twenty_steps():
     flat = [row | dict(reward=1.0 + 0.05 * (k % 3)) for k, row in enumerate(history(60))]
-    told = [k for k in range(1, 61) if watch.alarms(ppo.Config(), flat[:k], torch.float32)]
-    assert told == [20, 40, 60] and not any(
-        watch.alarms(ppo.Config(), history(k), torch.float32) for k in range(1, 61)
-    )
+    assert steps_with_an_alarm(flat) == [20, 40, 60]
+    assert steps_with_an_alarm(history(60)) == []
 
 
-def test_growing_responses_are_told_every_ten_steps():
-    longer = [
-        row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))
-    ]  # 60 is half as much again: step 20
-    assert [k for k in range(1, 51) if watch.alarms(ppo.Config(), longer[:k], torch.float32)] == [
-        30,
-        40,
-        50,
-    ]
+def test_growing_responses_are_reported_every_ten_steps():
+    longer = [row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))]
+    assert steps_with_an_alarm(longer) == [30, 40, 50]  # after 20 steps it is 59: not yet 1.5 x 40
     (said,) = watch.alarms(ppo.Config(), longer[:30], torch.float32)
     assert "responses grow: 69 tokens, 40 at first" in said
     assert watch.alarms(ppo.Config(), longer[:20], torch.float32) == []
 
 
-def test_length_pressure_is_told_from_the_first_rollout():
-    r, mask = (
-        torch.tensor([[1.0, 3.0, 0.0], [2.0, 2.0, 4.0]]),
-        torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(),
-    )
+def test_length_pressure_is_reported_from_the_first_rollout():
+    r = torch.tensor([[1.0, 3.0, 0.0], [2.0, 2.0, 4.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
     ended = torch.tensor([True, False])  # mean 2.4, sd 1.02, 3 at the only EOS
     said = watch.length_pressure(ppo.Config(), r, mask, ended)
     assert said.startswith("each extra token pays +2.4 (mean r_t over all tokens; +3 at EOS")
     assert said.endswith("length pressure, see anchor and reward_scale")
-    assert (
-        watch.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended) is None
-    )  # mean 0.4 < sd / 2
-    assert watch.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended).startswith(
-        "each extra token pays -2.6"
-    )
+    small = watch.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended)
+    assert small is None  # mean 0.4 < sd / 2
+    negative = watch.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended)
+    assert negative.startswith("each extra token pays -2.6")
     assert watch.length_pressure(ppo.Config(reward_scale="mean"), r, mask, ended) is None
     assert watch.length_pressure(ppo.Config(level="sequence"), r, mask, ended) is None
 
 
-def test_explained_variance_whole_and_by_fifth():
+def test_explained_variance_of_all_tokens_and_by_fifth():
     torch.manual_seed(0)
     mask = torch.arange(10) < torch.tensor([[10], [5], [7]])
-    returns, values = torch.randn(3, 10), torch.randn(3, 10)
+    returns = torch.randn(3, 10)
+    values = torch.randn(3, 10)
     values[:, 8:] = returns[:, 8:]  # V knows the last fifth of the row of ten
     said = watch.explained_variance(values, returns, mask)
 
     def slow(keep):
-        pairs = [
-            (values[i, t].item(), returns[i, t].item())
-            for i, T in enumerate((10, 5, 7))
-            for t in range(T)
-            if keep(t, T)
-        ]
-
-        def variance(x):
-            return sum((y - sum(x) / len(x)) ** 2 for y in x) / len(x)
-
-        return 1 - variance([g - v for v, g in pairs]) / variance([g for _, g in pairs])
+        errors = []
+        targets = []
+        for i, T in enumerate((10, 5, 7)):
+            for t in range(T):
+                if keep(t, T):
+                    targets.append(returns[i, t].item())
+                    errors.append(returns[i, t].item() - values[i, t].item())
+        return 1 - statistics.pvariance(errors) / statistics.pvariance(targets)
 
     assert said["explained_variance"] == pytest.approx(slow(lambda t, T: True), abs=1e-5)
     for k in range(5):
-        assert said[f"explained_variance_{k + 1}"] == pytest.approx(
-            slow(lambda t, T: k <= 5 * t / T < k + 1), abs=1e-5
-        )
+        want = slow(lambda t, T: k <= 5 * t / T < k + 1)
+        assert said[f"explained_variance_{k + 1}"] == pytest.approx(want, abs=1e-5)
     assert set(watch.explained_variance(values * 0, returns * 0, mask).values()) == {0.0}
 
 
-def test_a_disk_too_small_is_told_before_the_first_step(tiny, tmp_path, monkeypatch, capsys):
+def test_a_disk_too_small_is_reported_before_the_first_step(tiny, tmp_path, monkeypatch, capsys):
     _, models, _ = tiny
-    n, policy = (
-        sum(p.numel() for p in models.parameters()),
-        sum(p.numel() for p in models["policy"].parameters()),
-    )
-    need = (
-        2 * 12 * n + 4 * policy * 4
-    )  # two checkpoints; step_20, step_40, step_60 and the model itself
-    for free, there in (
-        (need, False),
-        (need - 1, False),
-        (need - 12 * n, True),
-        (need - 12 * n - 1, True),
-    ):
-        (tmp_path / "checkpoint_3").mkdir() if there and not (
-            tmp_path / "checkpoint_3"
-        ).exists() else None
+    n = sum(p.numel() for p in models.parameters())
+    policy = sum(p.numel() for p in models["policy"].parameters())
+    need = 2 * 12 * n + 4 * policy * 4  # two checkpoints; step_20, _40, _60 and the last model
+
+    def check(free):
         monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        if free in (need, need - 12 * n):
-            watch.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
-        else:
-            with pytest.raises(SystemExit):
-                watch.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
-            assert "4 model folder(s)" in capsys.readouterr().err
+        watch.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
+
+    def refused(free):
+        with pytest.raises(SystemExit):
+            check(free)
+        assert "4 model folder(s)" in capsys.readouterr().err
+
+    check(need)
+    refused(need - 1)
+    (tmp_path / "checkpoint_3").mkdir()  # one of the two is there already
+    check(need - 12 * n)
+    refused(need - 12 * n - 1)
 
 
 def test_a_run_that_would_fill_the_disk_does_not_start(planted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(unimportant=10_000))
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     with pytest.raises(SystemExit) as end:
         step_of(planted, tmp_path, monkeypatch)
     line = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and "has 1e-05 GB free, this run needs " in line
-        and line.count("\n") == 1
-    )
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert "has 1e-05 GB free, this run needs " in line
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "run.lock"}
 
 
 def test_wandb_mirrors_the_rows_or_says_that_it_cannot(monkeypatch, capsys, tmp_path):
     sent = []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **fields: sent.append(fields) or run)
-    )
+
+    def init(**fields):
+        sent.append(fields)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     cfg = ppo.Config(out=str(tmp_path), wandb_project="mine")
     watch.mirror(cfg)(dict(step=4, reward=1.0))
-    assert (
-        sent[0]["project"] == "mine"
-        and sent[0]["resume"] == "allow"
-        and sent[1] == (4, dict(step=4, reward=1.0))
-    )
+    assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow"
+    assert sent[1] == (4, dict(step=4, reward=1.0))
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     watch.mirror(cfg)(dict(step=5))
     assert len(sent) == 2 and "wandb is not installed" in capsys.readouterr().out
