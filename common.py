@@ -15,7 +15,8 @@ import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
-                          AutoTokenizer)
+                          AutoTokenizer, GenerationConfig)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from plumbing.cache import in_place_cache
@@ -37,13 +38,24 @@ PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an i
 
 
 def load_tokenizer(path):
-    """The tokenizer of a folder or of a name on the hub; no token is added to it"""
+    """The tokenizer of a folder or of a name on the hub; no token is added to it. tokenizer.end_ids
+    are the ids that end a response: its eos, and those of the model's generation_config."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer in {path}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no eos token; a response could never end")
+    tokenizer.says_bos = get_tokenizer_config(path).get("add_bos_token")  # None: it does not say
+    tokenizer.end_ids = {tokenizer.eos_token_id}
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+        tokenizer.end_ids |= {ends} if isinstance(ends, int) else set(ends or ())
+    except OSError:  # the model has no generation_config.json
+        pass
+    for text in ("apple pear", "  two", " ", "://x", "\n\n1."):
+        if decode_response(tokenizer, encode_response(tokenizer, text)) != text:
+            fail(f"the tokenizer of {path} does not give {text!r} back from its ids")
     return tokenizer
 
 
@@ -64,8 +76,11 @@ def encode_prompt(tokenizer, row):
     template = PROMPT_INPUT if row.get("input") else PROMPT
     text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    # A bare Llama tokenizer.model adds no bos by itself, but its bos is <s>.
-    needs_bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == tokenizer.bos_token_id
+    # tokenizer_config.json may say it. A bare Llama tokenizer.model does not, but its bos is <s>.
+    needs_bos = tokenizer.says_bos
+    if needs_bos is None:
+        bos = tokenizer.bos_token_id
+        needs_bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == bos
     return [tokenizer.bos_token_id] + ids if needs_bos else ids
 
 
@@ -79,11 +94,12 @@ def encode_response(tokenizer, text, *, eos=True):
 
 
 def decode_response(tokenizer, ids):
-    """The inverse of encode_response: ids -> text, without a final EOS"""
-    before, ids_before = response_prefix(tokenizer)
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    """The inverse of encode_response: ids -> text, without the token that ended it"""
+    _, ids_before = response_prefix(tokenizer)
+    if ids and ids[-1] in tokenizer.end_ids:
         ids = ids[:-1]
-    return tokenizer.decode([*ids_before, *ids], clean_up_tokenization_spaces=False)[len(before):]
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    return decode([*ids_before, *ids])[len(decode(ids_before)):]
 
 
 def token_texts(tokenizer, ids):
@@ -209,6 +225,10 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
         model.activation_checkpointing_enable({"use_reentrant": False})
     if not mesh:
         return model.to(device)
+
+    # save_model() on rank 0 writes the folder's own generation_config.
+    if full_model and not head:
+        model.generation_config = full_model.generation_config
 
     # Shard each layer, then the root; each rank gets memory for its own shards.
     shard(model, mesh, dtype, frozen=frozen)
@@ -376,7 +396,7 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
 def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0,
              top_k=0, uniforms=None):
     """Sample: left-padded prompts [B, P] -> response_ids, response_mask [B, T]; EOS counts, then 0
-    follows. eos_id None: no response ends early. temperature 0: argmax. ValueError in train mode.
+    follows. eos_id: one id, a set of ids, or None: no response ends early. temperature 0: argmax. ValueError in train mode.
     uniforms [B, max_new_tokens] in [0, 1): one random number per token; None: torch draws them.
     Finished rows are removed from the batch, and rows from the end fill their slots:
 
@@ -394,6 +414,8 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
         uniforms = torch.rand(B, max_new_tokens, device=device)
     uniforms = uniforms.to(device)                                        # [B, max_new_tokens]
     response_ids, lengths = prompt_ids.new_zeros(B, max_new_tokens), prompt_ids.new_zeros(B)
+    end_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+    end_ids = torch.tensor(end_ids, dtype=torch.long, device=device)
 
     # The next forward has a slot for each unfinished row; rows[slot] is its row number.
     rows = torch.arange(B, device=device)                              # [slots]
@@ -408,7 +430,7 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
             fail("the model's logits are NaN: its weights are broken; go back to an earlier model")
         response_ids[rows, t] = tokens
         lengths[rows] = t + 1
-        alive = torch.ones_like(tokens).bool() if eos_id is None else tokens != eos_id     # [slots]
+        alive = ~torch.isin(tokens, end_ids)                           # [slots]
         left = int(alive.sum())
         if left == 0:
             break

@@ -197,14 +197,14 @@ def answer(cfg, model, tokenizer, prompts, group, device):
     prompt_ids, prompt_mask, _ = pack(group_prompts, no_responses, device)             # [B, P]
     uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
     ids, response_mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                                  eos_id=tokenizer.eos_token_id, temperature=cfg.temperature,
+                                  eos_id=tokenizer.end_ids, temperature=cfg.temperature,
                                   top_p=cfg.top_p, uniforms=uniforms)                  # [B, T]
     lengths = response_mask.sum(1).tolist()
     answers = []
     for i, row_ids, length in zip(group, ids.tolist(), lengths):
         response = row_ids[:length]
         row = dict(row=i, output=decode_response(tokenizer, response))
-        if response[-1] != tokenizer.eos_token_id:
+        if response[-1] not in tokenizer.end_ids:
             row["cut"] = ["output"]
         answers.append(row)
     return answers

@@ -226,7 +226,7 @@ def roll_out(policy, tokenizer, prompts, cfg, step, device):
                 [row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows])
             response_ids, response_mask = generate(                             # [B, T] each
                 policy, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                eos_id=tokenizer.eos_token_id, temperature=cfg.temperature, uniforms=uniforms)
+                eos_id=tokenizer.end_ids, temperature=cfg.temperature, uniforms=uniforms)
             T = response_mask.shape[1]
             ids[rows.start:rows.stop, :T] = response_ids
             lengths[rows.start:rows.stop] = response_mask.sum(1)
@@ -479,8 +479,8 @@ def main(cfg):
         # ---- 3. rewards and advantages
         response_lengths = torch.tensor([[len(ids)] for ids in responses], device=device)
         mask = torch.arange(r.shape[1], device=device) < response_lengths       # [rows, T]
-        eos = tokenizer.eos_token_id
-        ended = torch.tensor([ids[-1] == eos for ids in responses], device=device)  # [rows]
+        ends = [ids[-1] in tokenizer.end_ids for ids in responses]
+        ended = torch.tensor(ends, device=device)                               # [rows]
         R = total_rewards(r, mask, reward_model_level)                          # [rows], Eq. 1
         rewards = shape_rewards(
             r if cfg.level == "token" else R, old_logprobs, ref_logprobs, mask, level=cfg.level,

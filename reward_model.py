@@ -401,7 +401,24 @@ def check(cfg):
         held_out, _ = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)
     longest = max(pair_length(pair) for pair in pairs + held_out)
     check_fits(cfg.model, "model", longest, head="zero", vocabulary=len(tokenizer))
+    if cfg.loss == "sequence" and sequence_pad(tokenizer) is None:
+        fail(f"--model={cfg.model}: its tokenizer has no token besides EOS that no text contains; a "
+             "sequence-level model needs one as its pad. Train a token-level one: --loss=eq4")
     return tokenizer, pairs, count, held_out
+
+
+def sequence_pad(tokenizer):
+    """The id to pad a sequence-level model's input with, or None. transformers reads the score at
+    the last id that is not pad. So pad is neither EOS nor a token that text can contain."""
+    special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
+    for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special):
+        if id is None or id in tokenizer.end_ids:
+            continue
+        text = tokenizer.convert_ids_to_tokens(id)
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if id not in ids:
+            return id
+    return None
 
 
 def main(cfg):
@@ -482,7 +499,8 @@ def main(cfg):
         if (step + 1) % cfg.resume_every == 0 and not last:
             save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
 
-    save_model(model, tokenizer, cfg.out, dtype, sequence=cfg.loss == "sequence")  # all ranks
+    pad = sequence_pad(tokenizer) if level == "sequence" else None
+    save_model(model, tokenizer, cfg.out, dtype, sequence_pad=pad)  # all ranks
     finish(cfg, keep_checkpoint=False)
     say(f"{cfg.out}: done")
 

@@ -288,10 +288,10 @@ def load_checkpoint(out, models, optimizer):
     return max(steps, default=0)
 
 
-def save_model(model, tokenizer, out, dtype, *, sequence=False):
-    """A Hugging Face folder that other tools load. config.json comes last and makes it valid.
-    sequence: it is named ...ForSequenceClassification. That class reads the score at the last id
-    that is not pad, so pad must not be eos."""
+def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
+    """A Hugging Face folder that other tools load; all its files name the same eos. config.json
+    comes last and makes it valid. sequence_pad: it is named ...ForSequenceClassification, which
+    reads the score at the last id that is not this pad."""
     state = states.get_model_state_dict(model, options=FULL)
     if RANK == 0:
         if model.config.tie_word_embeddings:
@@ -299,15 +299,17 @@ def save_model(model, tokenizer, out, dtype, *, sequence=False):
         state = {name: weight.to(dtype).contiguous() for name, weight in state.items()}
         folder = Path(out, "saving.tmp")
         shutil.rmtree(folder, ignore_errors=True)
+        model.config.eos_token_id = tokenizer.eos_token_id
+        if getattr(model, "generation_config", None):
+            ends = sorted(getattr(tokenizer, "end_ids", None) or {tokenizer.eos_token_id})
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.save_pretrained(folder, state_dict=state)
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
-        if sequence:
+        if sequence_pad is not None:
             names = [name.replace("ForToken", "ForSequence") for name in config["architectures"]]
-            pads = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
-            pad = next((id for id in pads if id not in (None, tokenizer.eos_token_id)), None)
-            config |= {"architectures": names, "pad_token_id": pad}
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+            config |= {"architectures": names, "pad_token_id": sequence_pad}
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(sequence_pad)
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):

@@ -119,7 +119,8 @@ def test_a_sequence_model_is_never_padded_with_eos(world, tmp_path):
     )
     tokenizer = common.load_tokenizer(f"{world}/sft")
     tokenizer.pad_token = tokenizer.eos_token
-    save_model(model, tokenizer, tmp_path, torch.float32, sequence=True)
+    pad = reward_model.sequence_pad(tokenizer)
+    save_model(model, tokenizer, tmp_path, torch.float32, sequence_pad=pad)
     pad = AutoModelForSequenceClassification.from_pretrained(tmp_path).config.pad_token_id
     assert (
         pad not in (None, tokenizer.eos_token_id)
