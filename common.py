@@ -38,8 +38,8 @@ PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an i
 
 
 def load_tokenizer(path):
-    """The tokenizer of a folder or of a name on the hub; no token is added to it. tokenizer.end_ids
-    are the ids that end a response: its eos, and those of the model's generation_config."""
+    """The tokenizer of a folder or of a name on the hub; no token is added to it. Two attributes
+    tell what its folder says: says_bos (None: nothing), and more_end_ids of generation_config."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -47,16 +47,20 @@ def load_tokenizer(path):
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no eos token; a response could never end")
     tokenizer.says_bos = get_tokenizer_config(path).get("add_bos_token")  # None: it does not say
-    tokenizer.end_ids = {tokenizer.eos_token_id}
     try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-        tokenizer.end_ids |= {ends} if isinstance(ends, int) else set(ends or ())
+        ends = GenerationConfig.from_pretrained(path).eos_token_id or ()
     except OSError:  # the model has no generation_config.json
-        pass
+        ends = ()
+    tokenizer.more_end_ids = {ends} if isinstance(ends, int) else set(ends)
     for text in ("apple pear", "  two", " ", "://x", "\n\n1."):
         if decode_response(tokenizer, encode_response(tokenizer, text)) != text:
             fail(f"the tokenizer of {path} does not give {text!r} back from its ids")
     return tokenizer
+
+
+def end_ids(tokenizer):
+    """The ids that end a response: the tokenizer's eos and those of the model's generation_config"""
+    return {tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())}
 
 
 @functools.cache
@@ -77,7 +81,7 @@ def encode_prompt(tokenizer, row):
     text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     # tokenizer_config.json may say it. A bare Llama tokenizer.model does not, but its bos is <s>.
-    needs_bos = tokenizer.says_bos
+    needs_bos = getattr(tokenizer, "says_bos", None)
     if needs_bos is None:
         bos = tokenizer.bos_token_id
         needs_bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == bos
@@ -96,7 +100,7 @@ def encode_response(tokenizer, text, *, eos=True):
 def decode_response(tokenizer, ids):
     """The inverse of encode_response: ids -> text, without the token that ended it"""
     _, ids_before = response_prefix(tokenizer)
-    if ids and ids[-1] in tokenizer.end_ids:
+    if ids and ids[-1] in end_ids(tokenizer):
         ids = ids[:-1]
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     return decode([*ids_before, *ids])[len(decode(ids_before)):]
@@ -414,8 +418,8 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
         uniforms = torch.rand(B, max_new_tokens, device=device)
     uniforms = uniforms.to(device)                                        # [B, max_new_tokens]
     response_ids, lengths = prompt_ids.new_zeros(B, max_new_tokens), prompt_ids.new_zeros(B)
-    end_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
-    end_ids = torch.tensor(end_ids, dtype=torch.long, device=device)
+    ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+    ends = torch.tensor(ends, dtype=torch.long, device=device)
 
     # The next forward has a slot for each unfinished row; rows[slot] is its row number.
     rows = torch.arange(B, device=device)                              # [slots]
@@ -430,7 +434,7 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
             fail("the model's logits are NaN: its weights are broken; go back to an earlier model")
         response_ids[rows, t] = tokens
         lengths[rows] = t + 1
-        alive = ~torch.isin(tokens, end_ids)                           # [slots]
+        alive = ~torch.isin(tokens, ends)                              # [slots]
         left = int(alive.sum())
         if left == 0:
             break

@@ -29,9 +29,9 @@ from typing import Literal
 
 import torch
 
-from common import (decode_response, encode_prompt, encode_response, generate, load_model,
-                    load_tokenizer, mean_and_error, my_micro_batches, pack, reward_level,
-                    row_uniforms, setup, token_heads, total_rewards, unsharded)
+from common import (decode_response, encode_prompt, encode_response, end_ids, generate,
+                    load_model, load_tokenizer, mean_and_error, my_micro_batches, pack,
+                    reward_level, row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
 from plumbing.files import (check_input, check_numbers, read_jsonl, replacing, whole_characters,
@@ -197,14 +197,14 @@ def answer(cfg, model, tokenizer, prompts, group, device):
     prompt_ids, prompt_mask, _ = pack(group_prompts, no_responses, device)             # [B, P]
     uniforms = torch.stack([row_uniforms(cfg.response_len, cfg.seed, i) for i in group])
     ids, response_mask = generate(model, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                                  eos_id=tokenizer.end_ids, temperature=cfg.temperature,
+                                  eos_id=end_ids(tokenizer), temperature=cfg.temperature,
                                   top_p=cfg.top_p, uniforms=uniforms)                  # [B, T]
     lengths = response_mask.sum(1).tolist()
     answers = []
     for i, row_ids, length in zip(group, ids.tolist(), lengths):
         response = row_ids[:length]
         row = dict(row=i, output=decode_response(tokenizer, response))
-        if response[-1] not in tokenizer.end_ids:
+        if response[-1] not in end_ids(tokenizer):
             row["cut"] = ["output"]
         answers.append(row)
     return answers

@@ -30,10 +30,10 @@ from typing import Literal
 
 import torch
 
-from common import (decode_response, encode_prompt, epoch_order, generate, last_token, load_model,
-                    load_tokenizer, my_micro_batches, optimizer_step, pack, reward_level,
-                    row_uniforms, rows_at, setup, token_heads, token_logprobs, token_texts,
-                    tokenizer_hash, total_rewards, unsharded)
+from common import (decode_response, encode_prompt, end_ids, epoch_order, generate, last_token,
+                    load_model, load_tokenizer, my_micro_batches, optimizer_step, pack,
+                    reward_level, row_uniforms, rows_at, setup, token_heads, token_logprobs,
+                    token_texts, tokenizer_hash, total_rewards, unsharded)
 from plumbing import watch
 from plumbing.command_line import extra, load_config
 from plumbing.files import check_input, check_numbers, read_jsonl
@@ -226,7 +226,7 @@ def roll_out(policy, tokenizer, prompts, cfg, step, device):
                 [row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows])
             response_ids, response_mask = generate(                             # [B, T] each
                 policy, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
-                eos_id=tokenizer.end_ids, temperature=cfg.temperature, uniforms=uniforms)
+                eos_id=end_ids(tokenizer), temperature=cfg.temperature, uniforms=uniforms)
             T = response_mask.shape[1]
             ids[rows.start:rows.stop, :T] = response_ids
             lengths[rows.start:rows.stop] = response_mask.sum(1)
@@ -479,7 +479,7 @@ def main(cfg):
         # ---- 3. rewards and advantages
         response_lengths = torch.tensor([[len(ids)] for ids in responses], device=device)
         mask = torch.arange(r.shape[1], device=device) < response_lengths       # [rows, T]
-        ends = [ids[-1] in tokenizer.end_ids for ids in responses]
+        ends = [ids[-1] in end_ids(tokenizer) for ids in responses]
         ended = torch.tensor(ends, device=device)                               # [rows]
         R = total_rewards(r, mask, reward_model_level)                          # [rows], Eq. 1
         rewards = shape_rewards(

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
+from common import (cosine, encode_prompt, encode_response, end_ids, load_model, load_tokenizer,
                     mean_rewards, my_micro_batches, optimizer_step, pack, rows_at,
                     sequence_rewards, setup, token_heads, tokenizer_hash, total_rewards, upcast)
 from plumbing.command_line import extra, load_config
@@ -412,7 +412,7 @@ def sequence_pad(tokenizer):
     the last id that is not pad. So pad is neither EOS nor a token that text can contain."""
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
     for id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special):
-        if id is None or id in tokenizer.end_ids:
+        if id is None or id in end_ids(tokenizer):
             continue
         text = tokenizer.convert_ids_to_tokens(id)
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

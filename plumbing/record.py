@@ -301,7 +301,7 @@ def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
         shutil.rmtree(folder, ignore_errors=True)
         model.config.eos_token_id = tokenizer.eos_token_id
         if getattr(model, "generation_config", None):
-            ends = sorted(getattr(tokenizer, "end_ids", None) or {tokenizer.eos_token_id})
+            ends = sorted({tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())})
             model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.save_pretrained(folder, state_dict=state)
         config = json.loads((folder / "config.json").read_text())

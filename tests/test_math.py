@@ -581,6 +581,7 @@ def test_a_step_of_main_is_its_definition(world, tmp_path, monkeypatch, rm, opti
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
         common.encode_response(tokenizer, "\n")[0]
     )  # a model of 5 steps says it, at times
+    tokenizer.more_end_ids = ()
     monkeypatch.setattr(ppo, "load_tokenizer", lambda path: tokenizer)
     ppo.main(cfg)
     while record.LOCKS:

@@ -1,7 +1,7 @@
 """edit.py --editor=local: the same requests to any Hugging Face chat model, for private data"""
 import torch
 
-from common import generate, load_model, load_tokenizer, row_uniforms, setup
+from common import end_ids, generate, load_model, load_tokenizer, row_uniforms, setup
 from plumbing.claude import Reply
 
 
@@ -48,12 +48,12 @@ def ask_local(requests, stop, *, path, batch, seed, temperature):
         prompt_mask = torch.arange(P, device=device) >= P - lengths                   # [B, P]
         uniforms = torch.stack([row_uniforms(T, seed, key) for key in keys])          # [B, T]
         response_ids, response_mask = generate(                                       # [B, T] each
-            model, prompt_ids, prompt_mask, max_new_tokens=T, eos_id=tokenizer.end_ids,
+            model, prompt_ids, prompt_mask, max_new_tokens=T, eos_id=end_ids(tokenizer),
             temperature=temperature, uniforms=uniforms)
 
         # The text of a reply does not include EOS, its usage does.
         for key, ids, length in zip(keys, response_ids.tolist(), response_mask.sum(1).tolist()):
-            ended = ids[length - 1] in tokenizer.end_ids
+            ended = ids[length - 1] in end_ids(tokenizer)
             text = tokenizer.decode(ids[:length - 1] if ended else ids[:length])
             stop_reason = "end_turn" if ended else "max_tokens"
             usage = {"input_tokens": len(prompts[key]), "output_tokens": length}
