@@ -1,12 +1,10 @@
 """What can be wrong with a model's folder, found before it is loaded: weights that are missing or
 have other names, a family or an attention that a stage does not know, too few positions."""
-import json, re
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from plumbing.command_line import extra
 from plumbing.ranks import fail
@@ -24,7 +22,7 @@ def check_model(path, flag, made_by, *, weights=True):
         fail(f"--{flag}={path} is an adapter; merge it into its base model first")
     if not (folder / "config.json").exists():
         fail(f"--{flag}={path} holds no finished model (no config.json); make it with: {made_by}")
-    if not weights or weight_files(folder, flag):
+    if not weights or any(folder.glob("*.safetensors*")):
         return
     if any(folder.glob("pytorch_model*.bin*")):
         fail(f"--{flag}={path} has its weights as a pickle, which is never loaded; save .safetensors")
@@ -36,33 +34,6 @@ def is_on_hub(path):
     org = str(path).partition("/")[0]
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
     return bool(named) and org not in ("out", "data") and not Path(org).exists()
-
-
-def weight_files(folder, flag):
-    """The safetensors files of a local model, [] without any; fail() if a shard is missing"""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if not (folder / name).exists():
-            fail(f"--{flag}={folder} lacks {name}, which {index.name} lists; copy it again")
-    return [folder / name for name in names]
-
-
-def stored_shapes(files, flag):
-    """name -> shape of the tensors in the files, from their headers: no weight is read"""
-    shapes = {}
-    for file in files:
-        if file.open("rb").read(19) == b"version https://git":
-            fail(f"--{flag}: {file} is a Git LFS pointer, not the weights; run: git lfs pull")
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            fail(f"--{flag}: {file} is not a complete safetensors file ({error}); copy it again")
-    return shapes
 
 
 def meta_model(config, head):
@@ -114,28 +85,13 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     if recurrent_layer(model) and (head or generates):
         fail(f"--{flag}={path} ({config.model_type}) has recurrent or linear layers "
              f"({recurrent_layer(model)}); generation and reward models need attention in each layer")
-    if not is_on_hub(path):
-        check_weights(path, flag, model, head)
-
-
-def check_weights(path, flag, model, head):
-    """fail() unless the folder's tensors are the model's, by name and shape. Allowed: a new head
-    (head="zero"), the head that it replaces, the second name of tied weights."""
-    files = weight_files(Path(path), flag)
-    if not files or get_checkpoint_conversion_mapping(model.config.model_type):
-        return  # new weights; or tensors that transformers renames: load_model compares them
-    prefix = model.base_model_prefix + "."  # backbones are saved with and without it
-    stored = {n.removeprefix(prefix): s for n, s in stored_shapes(files, flag).items()}
-    wanted = {n.removeprefix(prefix): tuple(w.shape) for n, w in model.state_dict().items()}
-
-    missing = set(wanted) - set(stored)
-    unexpected = set(stored) - set(wanted)
-    reshaped = [n for n in wanted if stored.get(n, wanted[n]) != wanted[n]]
-    compare(path, flag, model, head, missing, unexpected, reshaped)
+    headers = extra("weights")
+    if headers and not is_on_hub(path):
+        headers.check_headers(path, flag, model, head)
 
 
 def check_loaded(path, model, head, info):
-    """The second guard: what transformers reports after loading"""
+    """fail() unless transformers has found all weights: what it reports after loading"""
     reshaped = [name for name, *_ in info["mismatched_keys"]]
     compare(path, "model", model, head, info["missing_keys"], info["unexpected_keys"], reshaped)
 
@@ -153,6 +109,6 @@ def compare(path, flag, model, head, missing, unexpected, reshaped):
         sides[side] = sorted(name for name in names if not name.endswith(may_differ))
     parts = [f"{len(names)} {side} ({', '.join(names[:2])})" for side, names in sides.items() if names]
     if parts:
-        diagnose = extra("diagnose")
-        hint = diagnose.looks_like(*sides.values()) if diagnose else ""
+        weights = extra("weights")
+        hint = weights.looks_like(*sides.values()) if weights else ""
         fail(f"--{flag}={path}: the weights are not this model's: {', '.join(parts)}{hint}")
