@@ -4,7 +4,7 @@ B sequences, P prompt tokens, T response tokens, S tokens of both, V vocabulary.
 where a token counts; it comes from lengths, never from `ids == pad`. prompt_ids are [B, P];
 response_ids, response_mask, logprobs, values, rewards, changed, ... are [B, T]: one column per
 response token a_1..a_T. "All ranks": every process must call it, since they exchange tensors."""
-import functools, hashlib, json, math, os, random, statistics
+import functools, hashlib, json, math, os, random
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -452,7 +452,7 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
     return response_ids[:, :T], torch.arange(T, device=device) < lengths[:, None]
 
 
-# ---------------------------------------------------------------- optimisation and statistics
+# ---------------------------------------------------------------- optimisation
 
 def cosine(step, steps, warmup):
     """The share of the learning rate at a step (from 0): linear warm-up, then a half cosine to 0"""
@@ -475,10 +475,3 @@ def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def mean_and_error(x):
-    """The mean and its standard error sd(ddof=1) / sqrt(n); None if there are too few numbers"""
-    mean = statistics.fmean(x) if x else None
-    error = statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
-    return mean, error

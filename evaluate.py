@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 
 from common import (decode_response, encode_prompt, encode_response, end_ids, generate,
-                    load_model, load_tokenizer, mean_and_error, my_micro_batches, pack,
+                    load_model, load_tokenizer, my_micro_batches, pack,
                     reward_level, row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
@@ -42,6 +42,13 @@ from plumbing.record import begin, finish, logged, progress, record_of
 
 
 # ---------------------------------------------------------------- statistics
+
+def mean_and_error(x):
+    """The mean and its standard error sd(ddof=1) / sqrt(n); None if there are too few numbers"""
+    mean = statistics.fmean(x) if x else None
+    error = statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
+    return mean, error
+
 
 def points(preference):
     """A preference from 1 (the reference won) to 2 (ours won) -> 0 to 100; 0 is a draw, like 1.5"""

@@ -85,7 +85,7 @@ class Config:
     save_every: int = 20                # steps between models out/step_N; the last is out itself
     resume_every: int = 10              # steps between checkpoints; a killed run resumes from them
     sample_every: int = 10              # steps between entries of samples.jsonl
-    wandb_project: str | None = None    # mirror metrics.jsonl there, if wandb is installed
+    wandb_project: str | None = None    # also send metrics.jsonl's rows there
     plan: bool = False                  # only print the memory per GPU and phase
     gpu_gb: float = 80.0                # memory of one GPU, for the plan
     seed: int = 0                       # order of the prompts, all random numbers
@@ -418,7 +418,9 @@ def main(cfg):
     finished = begin(cfg, "ppo", unimportant=unimportant, inputs=inputs, prompts=len(kept))
     if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:
         return say(f"{cfg.out} is finished; nothing to do")
-    mirror = watch.mirror(cfg)
+    mirror = None
+    if cfg.wandb_project:
+        mirror = extra("wandb_mirror", "--wandb_project").mirror(cfg)
 
     # Two models learn, two are frozen.
     device, mesh, dtype = setup(cfg.dtype)
@@ -524,7 +526,8 @@ def main(cfg):
         log_metrics(cfg.out, row, shown=("step", "reward", "kl", "response_length", "eos_share",
                                          "first_ratio_error", "clip_fraction", "grad_norm",
                                          "seconds"))
-        mirror(row)
+        if mirror:
+            mirror(row)
         for words in watch.alarms(cfg, history, dtype):
             say(f"ALARM at step {step}:", words)
 

@@ -1,13 +1,12 @@
 """What ppo.py shows next to its rewards and losses, and how it handles SIGTERM and a full disk."""
-import hashlib, json, math, resource, shutil, signal, statistics
-from dataclasses import asdict
+import json, math, resource, shutil, signal, statistics
 from pathlib import Path
 
 import torch
 
 from plumbing.paint import paint
 from plumbing.ranks import RANK, fail, say, total
-from plumbing.record import record_of, save_checkpoint
+from plumbing.record import save_checkpoint
 
 TOLD_TO_STOP = []  # not empty after SIGTERM
 
@@ -106,22 +105,6 @@ def save_samples(out, samples):
         scale = max(map(abs, first["token_rewards"])) or 1.0
         say(f"R = {first['reward']:+.3f} for {json.dumps(first['instruction'])[:80]}:",
             paint(first["tokens"], first["token_rewards"], scale))
-
-
-def mirror(cfg):
-    """A function that sends a row of metrics.jsonl to wandb; without wandb, it does nothing"""
-    if RANK > 0 or not cfg.wandb_project:
-        return lambda row: None
-    try:
-        import wandb
-    except ImportError:
-        say("--wandb_project: wandb is not installed (pip install wandb); see metrics.jsonl")
-        return lambda row: None
-    # A resumed run is the same run there; with --overwrite it is a new one.
-    key = f"{Path(cfg.out).resolve()} {record_of(cfg.out).get('started', '')}"
-    run = wandb.init(project=cfg.wandb_project, name=cfg.out, config=asdict(cfg), resume="allow",
-                     id=hashlib.sha256(key.encode()).hexdigest()[:16])
-    return lambda row: run.log(row, step=row["step"])
 
 
 def listen_for_sigterm():

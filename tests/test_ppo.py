@@ -515,13 +515,12 @@ def test_wandb_mirrors_the_rows_or_says_that_it_cannot(monkeypatch, capsys, tmp_
         sent.append(fields)
         return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=ValueError))
     cfg = ppo.Config(out=str(tmp_path), wandb_project="mine")
-    watch.mirror(cfg)(dict(step=4, reward=1.0))
+    wandb_mirror.mirror(cfg)(dict(step=4, reward=1.0))
     assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow"
     assert sent[1] == (4, dict(step=4, reward=1.0))
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    watch.mirror(cfg)(dict(step=5))
-    assert len(sent) == 2 and "wandb is not installed" in capsys.readouterr().out
-    watch.mirror(ppo.Config())(dict(step=5))
-    assert not capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        wandb_mirror.mirror(cfg)
+    assert end.value.code == 2 and "wandb is not installed" in capsys.readouterr().err

@@ -3,7 +3,7 @@ figures and tables are written."""
 import html
 from pathlib import Path
 
-from common import mean_and_error
+from evaluate import mean_and_error
 from extras.pages import safe
 from plumbing.paint import plain
 

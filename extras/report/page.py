@@ -5,7 +5,7 @@ No script, nothing loaded, light and dark. All text that a model or a person wro
 safe()."""
 import json, math, statistics
 
-from common import mean_and_error
+from evaluate import mean_and_error
 from extras.pages import document, heat, safe
 from extras.report.arms import ORDER, arms, as_html, checkpoints, pm
 from plumbing.record import record_of

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from shutil import get_terminal_size
 
 from common import load_tokenizer, token_texts
+from diff import Config as DiffConfig
 from diff import EDIT_FIELDS, align, changed_share, diff_row
 from extras.pages import question_html, safe, write_show_page
 from plumbing.command_line import load_config
 from plumbing.files import check_input, check_numbers, read_jsonl
 from plumbing.models import check_model
 from plumbing.paint import plain
+from plumbing.ranks import say
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Config:
     tokenizer: str = "out/sft"      # folder (or hub name) of the model whose tokens are shown
     gaps: bool = False              # also mark the tokens that diff.py --gaps=true puts into U_1
     n: int = 5                      # pairs
+    max_tokens: int = DiffConfig.max_tokens     # prompt + answer; longer pairs are not shown
     html: str | None = None         # a page to write, instead of the terminal
     seed: int = 0                   # unused; every stage has one
     overwrite: bool = False         # replace a file that is no page of ours
@@ -101,9 +104,25 @@ def spaced_words(line):
 
 # ---------------------------------------------------------------- the pairs
 
-def both_sides(row, tokenizer, gaps):
-    """A row of edits.jsonl -> its title, and the five arguments of segments()"""
-    pair = diff_row(row, tokenizer)
+def pairs_to_show(cfg, rows, tokenizer):
+    """The first n rows whose answers are not too long -> list of (row, what both_sides returns)"""
+    found = []
+    too_long = 0
+    for row in rows:
+        if len(found) == cfg.n:
+            break
+        pair, why = diff_row(row, tokenizer, max_tokens=cfg.max_tokens)
+        if why == "too long":
+            too_long += 1
+        else:
+            found.append((row, both_sides(row, pair, tokenizer, cfg.gaps)))
+    if too_long:
+        say(f"{too_long} pairs longer than --max_tokens={cfg.max_tokens} are not shown")
+    return found
+
+
+def both_sides(row, pair, tokenizer, gaps):
+    """A row of edits.jsonl and its diff_row() -> its title, and the five arguments of segments()"""
     original_ids = pair["original_ids"]
     edited_ids = pair["edited_ids"]
     masks = align(original_ids, edited_ids, gaps=gaps)
@@ -134,33 +153,32 @@ def unchanged(mask):
 
 def show_pairs(cfg):
     """The first n changed pairs of an edits file"""
-    check_numbers(cfg, "n")
+    check_numbers(cfg, "n", "max_tokens")
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
     rows = read_jsonl(cfg.data, EDIT_FIELDS)
     rows = [row for row in rows if row["edited"] not in (None, row["original"])]
+    pairs = pairs_to_show(cfg, rows, tokenizer)
     if cfg.html:
-        diff_page(cfg, rows[:cfg.n], tokenizer)
+        diff_page(cfg, pairs)
     else:
-        print_pairs(cfg, rows[:cfg.n], tokenizer)
+        print_pairs(pairs)
 
 
-def print_pairs(cfg, rows, tokenizer):
+def print_pairs(pairs):
     width = get_terminal_size().columns
     color = sys.stdout.isatty()
-    for row in rows:
-        title, (*sides, blamed) = both_sides(row, tokenizer, cfg.gaps)
+    for row, (title, (*sides, blamed)) in pairs:
         print(f"\n{plain(title)}  {plain(row['instruction'])}")
         print(draw(*sides, blamed=blamed, width=width, color=color))
 
 
-def diff_page(cfg, rows, tokenizer):
+def diff_page(cfg, pairs):
     tags = {"-": "del", "+": "ins", "~": "mark"}
     sections = []
     has_gaps = False
-    for row in rows:
-        title, sides = both_sides(row, tokenizer, cfg.gaps)
+    for row, (title, sides) in pairs:
         parts = []
         for kind, text in segments(*sides):
             shown = safe(text)

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import encode_response, load_tokenizer, mean_and_error, token_texts
+from common import encode_response, load_tokenizer, token_texts
 from diff import EDIT_FIELDS, align
+from evaluate import mean_and_error
 from extras.report.rewards import auroc, token_auroc
 from plumbing.command_line import load_config
 from plumbing.files import check_input, read_jsonl, write_jsonl

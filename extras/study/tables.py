@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import mean_and_error
+from evaluate import mean_and_error
 from extras.report.arms import pm
 from plumbing.command_line import load_config
 from plumbing.files import check_input, replacing
