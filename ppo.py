@@ -418,6 +418,7 @@ def main(cfg):
     finished = begin(cfg, "ppo", unimportant=unimportant, inputs=inputs, prompts=len(kept))
     if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:
         return say(f"{cfg.out} is finished; nothing to do")
+    alarms = extra("alarms")  # None where extras/ was deleted
     mirror = None
     if cfg.wandb_project:
         mirror = extra("wandb_mirror", "--wandb_project").mirror(cfg)
@@ -496,7 +497,7 @@ def main(cfg):
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
         if step == 0:
-            pressure = watch.length_pressure(cfg, r, mask, ended)
+            pressure = alarms and alarms.length_pressure(cfg, r, mask, ended)
             if pressure:
                 say("ALARM:", pressure)
 
@@ -528,7 +529,7 @@ def main(cfg):
                                          "seconds"))
         if mirror:
             mirror(row)
-        for words in watch.alarms(cfg, history, dtype):
+        for words in alarms.alarms(cfg, history, dtype) if alarms else ():
             say(f"ALARM at step {step}:", words)
 
         is_last = step + 1 == cfg.steps

@@ -1,5 +1,5 @@
 """What ppo.py shows next to its rewards and losses, and how it handles SIGTERM and a full disk."""
-import json, math, resource, shutil, signal, statistics
+import json, resource, shutil, signal
 from pathlib import Path
 
 import torch
@@ -36,63 +36,6 @@ def peak_gb(device):
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return total(torch.tensor(peak / 1e9, device=device), "max").item()
-
-
-def length_pressure(cfg, r, mask, ended):
-    """A sentence if the first rollout's mean r_t is not small against its spread, or None. PPO sums
-    r_t, so such a mean rewards longer (or shorter) answers. r, mask [B, T]; ended [B]: has EOS."""
-    mean = r[mask].mean().item()
-    sd = r[mask].std(correction=0).item()
-    if cfg.level != "token" or cfg.reward_scale == "mean" or abs(mean) <= sd / 2:
-        return None
-    at_eos = r.gather(1, mask.sum(1, keepdim=True) - 1)[ended, 0]
-    eos = f"{at_eos.mean().item():+.3g} at EOS" if len(at_eos) else "no response has its EOS"
-    return (f"each extra token pays {mean:+.3g} (mean r_t over all tokens; {eos}; their sd is "
-            f"{sd:.3g}): length pressure, see anchor and reward_scale")
-
-
-def alarms(cfg, history, dtype):
-    """What is wrong with a run -> list of sentences. history: the rows of metrics.jsonl so far"""
-    row = history[-1]
-    words = []
-    error = row["first_ratio_error"]
-    if error > (1e-4 if dtype == torch.float32 else 1e-2):
-        words.append(f"ratio != 1 at the first minibatch (off by {error:.2g}): update and scoring "
-                     "compute different log-probs; do not trust this run")
-
-    if row["kl"] > 10 * (cfg.kl_target or 6.0) or row["approx_kl"] > 0.1:  # AlpacaFarm aims at 6
-        before = f" (three steps ago {history[-4]['kl']:.1f})" if len(history) > 3 else ""
-        words.append(f"KL exploding: {row['kl']:.1f} nats per response from the reference{before}, "
-                     f"{row['approx_kl']:.2g} per token within this step's update; lower --lr, "
-                     "raise --kl_coef, see in samples.jsonl what is rewarded")
-
-    if row["eos_share"] == 0:
-        words.append(f"all {cfg.rollout_batch} responses truncated: none has its EOS within "
-                     f"--response_len={cfg.response_len}; raise it, or see missing_eos_penalty")
-
-    length = row["response_length"]
-    first_length = history[0]["response_length"]
-    if len(history) % 10 == 0 and length > 1.5 * first_length:
-        words.append(f"responses grow: {length:.3g} tokens, {first_length:.3g} at first; see in "
-                     "samples.jsonl whether length is rewarded: anchor, kl_coef, reward_scale")
-
-    if row["return_sd"] < 1e-8:
-        words.append("reward flat: all responses have the same return, so nothing can be learned")
-    elif len(history) % 20 == 0:
-        words += flat_reward(history)
-    return words
-
-
-def flat_reward(history):
-    """An alarm if the last ten steps' reward is not above the first ten's by two standard errors"""
-    first = [row["reward"] for row in history[:10]]
-    last = [row["reward"] for row in history[-10:]]
-    mean_1, error_1 = statistics.fmean(first), statistics.stdev(first) / math.sqrt(10)
-    mean_2, error_2 = statistics.fmean(last), statistics.stdev(last) / math.sqrt(10)
-    if mean_2 - mean_1 >= 2 * math.hypot(error_1, error_2):
-        return []
-    return [f"reward flat: {mean_2:.4g} +- {error_2:.2g} over the last ten steps, {mean_1:.4g} +- "
-            f"{error_1:.2g} over the first; raise --lr, lower --kl_coef, look at samples.jsonl"]
 
 
 def save_samples(out, samples):

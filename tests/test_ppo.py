@@ -11,6 +11,7 @@ from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import common, ppo
+from extras import alarms, wandb_mirror
 from plumbing import files, watch
 
 CPU = torch.device("cpu")
@@ -148,8 +149,8 @@ def test_the_adaptive_kl_moves_by_at_most_two_percent():
 
 
 def test_an_alarm_is_printed(planted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch, "length_pressure", lambda *_: "each extra token pays")
-    monkeypatch.setattr(watch, "alarms", lambda cfg, history, dtype: [f"{len(history)} step"])
+    monkeypatch.setattr(alarms, "length_pressure", lambda *_: "each extra token pays")
+    monkeypatch.setattr(alarms, "alarms", lambda cfg, history, dtype: [f"{len(history)} step"])
     step_of(planted, tmp_path, monkeypatch)
     out = capsys.readouterr().out
     assert "ALARM: each extra token pays\n" in out and "ALARM at step 0: 1 step\n" in out
@@ -411,14 +412,14 @@ def history(n, **last):
     ],
 )
 def test_alarms_are_words(last, words):
-    assert watch.alarms(ppo.Config(), history(7), torch.float32) == []
-    (said,) = watch.alarms(ppo.Config(), history(7, **last), torch.float32)
+    assert alarms.alarms(ppo.Config(), history(7), torch.float32) == []
+    (said,) = alarms.alarms(ppo.Config(), history(7, **last), torch.float32)
     assert words in said
 
 
 def steps_with_an_alarm(rows):
     counts = range(1, len(rows) + 1)
-    return [k for k in counts if watch.alarms(ppo.Config(), rows[:k], torch.float32)]
+    return [k for k in counts if alarms.alarms(ppo.Config(), rows[:k], torch.float32)]
 
 
 def test_a_flat_reward_is_reported_every_twenty_steps():
@@ -430,24 +431,24 @@ def test_a_flat_reward_is_reported_every_twenty_steps():
 def test_growing_responses_are_reported_every_ten_steps():
     longer = [row | dict(response_length=40.0 + k) for k, row in enumerate(history(50))]
     assert steps_with_an_alarm(longer) == [30, 40, 50]  # after 20 steps it is 59: not yet 1.5 x 40
-    (said,) = watch.alarms(ppo.Config(), longer[:30], torch.float32)
+    (said,) = alarms.alarms(ppo.Config(), longer[:30], torch.float32)
     assert "responses grow: 69 tokens, 40 at first" in said
-    assert watch.alarms(ppo.Config(), longer[:20], torch.float32) == []
+    assert alarms.alarms(ppo.Config(), longer[:20], torch.float32) == []
 
 
 def test_length_pressure_is_reported_from_the_first_rollout():
     r = torch.tensor([[1.0, 3.0, 0.0], [2.0, 2.0, 4.0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
     ended = torch.tensor([True, False])  # mean 2.4, sd 1.02, 3 at the only EOS
-    said = watch.length_pressure(ppo.Config(), r, mask, ended)
+    said = alarms.length_pressure(ppo.Config(), r, mask, ended)
     assert said.startswith("each extra token pays +2.4 (mean r_t over all tokens; +3 at EOS")
     assert said.endswith("length pressure, see anchor and reward_scale")
-    small = watch.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended)
+    small = alarms.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended)
     assert small is None  # mean 0.4 < sd / 2
-    negative = watch.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended)
+    negative = alarms.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended)
     assert negative.startswith("each extra token pays -2.6")
-    assert watch.length_pressure(ppo.Config(reward_scale="mean"), r, mask, ended) is None
-    assert watch.length_pressure(ppo.Config(level="sequence"), r, mask, ended) is None
+    assert alarms.length_pressure(ppo.Config(reward_scale="mean"), r, mask, ended) is None
+    assert alarms.length_pressure(ppo.Config(level="sequence"), r, mask, ended) is None
 
 
 def test_explained_variance_of_all_tokens_and_by_fifth():
