@@ -76,10 +76,11 @@ def common_pairs(a, b):
 
     Dynamic programming over prefixes. best[j] in row i is the best score of a[:i] against b[:j];
     run[j] is the best score in which a[i-1] is paired with b[j-1]. A pair scores MATCH, and each
-    run costs 1. Only two rows of scores are kept, and a byte per cell: how the path leaves it. So
-    two unrelated answers of 4,000 tokens take 16 MB. A longest subsequence of length L deletes len(a) - L tokens and inserts len(b) - L.
-    So its path stays in a narrow band, and the other cells are never computed. Here L is 3, with
-    one deletion and two insertions (o: the path, +: the band, a step along the diagonal: a pair):
+    run costs 1. Two rows of scores are kept, and one byte per cell for the walk back: two unrelated
+    answers of 4,000 tokens take 16 MB. A longest subsequence of length L deletes len(a) - L tokens
+    and inserts len(b) - L. So its path stays in a narrow band, and the other cells are never
+    computed. Here L is 3, with one deletion and two insertions (o: the path, +: the band, a step
+    along the diagonal: a pair):
 
                    p  x  r  s  y        b
                 o  +  +  .  .  .
@@ -216,9 +217,11 @@ def changed_share(original_changed, edited_changed):
     return changed / max(1, len(original_changed) + len(edited_changed))
 
 
-def gate(original_ids, edited_ids, *, max_tokens=None):
-    """Reason to drop a pair before it is aligned ("empty", "identical" or "too long"), or None.
-    max_tokens: the room for an answer, without the prompt; None: any length."""
+def gate(original_ids, edited_ids, original_changed=(), edited_changed=(), *, max_changed=1.0,
+         max_tokens=None):
+    """Reason to drop a pair ("empty", "identical", "too long" or "changed share"), or None. Without
+    the masks, it says what is known before the alignment. max_tokens: the room for an answer,
+    without the prompt; None: any length."""
     shorter, longer = sorted((len(original_ids), len(edited_ids)))
     if shorter < 2:  # EOS alone
         return "empty"
@@ -226,6 +229,8 @@ def gate(original_ids, edited_ids, *, max_tokens=None):
         return "identical"
     if max_tokens is not None and longer > max_tokens:
         return "too long"
+    if changed_share(original_changed, edited_changed) > max_changed:
+        return "changed share"
     return None
 
 
@@ -241,21 +246,17 @@ def encode_row(row, tokenizer):
 
 def diff_row(row, tokenizer, *, gaps=False, max_tokens=None, max_changed=1.0):
     """A row of edits.jsonl -> a row of diffs.jsonl, and the reason to drop it, or None. A pair that
-    gate() drops is not aligned, so it has no masks. max_tokens: of prompt + answer"""
+    is too long is not aligned: it has no masks. max_tokens: of prompt + answer"""
     pair = encode_row(row, tokenizer)
-    original_ids = pair["original_ids"]
-    edited_ids = pair["edited_ids"]
+    ids = (pair["original_ids"], pair["edited_ids"])
     room = None if max_tokens is None else max_tokens - len(pair["prompt_ids"])
-    why = gate(original_ids, edited_ids, max_tokens=room)
-    if why:
+    why = gate(*ids, max_tokens=room)
+    if why == "too long":
         return pair, why
-
-    original_changed, edited_changed = align(original_ids, edited_ids, gaps=gaps)
-    pair["edited_changed"] = edited_changed
-    pair["original_changed"] = original_changed
-    if changed_share(original_changed, edited_changed) > max_changed:
-        why = "changed share"
-    return pair, why
+    masks = align(*ids, gaps=gaps)
+    pair["edited_changed"] = masks[1]
+    pair["original_changed"] = masks[0]
+    return pair, gate(*ids, *masks, max_changed=max_changed, max_tokens=room)
 
 
 # ---------------------------------------------------------------- the stage
@@ -264,9 +265,7 @@ def check(cfg):
     """What can be wrong before anything is written -> rows, tokenizer"""
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
-    if not 0 < cfg.max_changed <= 1:
-        fail(f"--max_changed is a share, above 0 and at most 1, got {cfg.max_changed}")
-    check_numbers(cfg, "max_tokens")
+    check_numbers(cfg, max_tokens=COUNT, max_changed=(ABOVE_0[0], 1), seed=ANY)
     return read_jsonl(cfg.data, EDIT_FIELDS), load_tokenizer(cfg.tokenizer)
 
 

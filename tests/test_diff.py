@@ -1,9 +1,13 @@
 """diff.py against brute force, and what a person sees of it: pytest tests/test_diff.py"""
-import functools, json, random, time
+import functools, json, random, time, tracemalloc
 from html.parser import HTMLParser
 
+import pytest
+
+import common
 import diff
 from conftest import rows_of, run
+from extras.editors import stats
 from extras.pages import safe
 from extras.report import show_diffs
 from plumbing import files
@@ -244,6 +248,51 @@ class Text(HTMLParser):
     def handle_data(self, data):
         innermost = self.open[-1] if self.open else ""
         self.spans.append((innermost, data))
+
+
+# ---------------------------------------------------------------- memory
+
+def unrelated(tokens):
+    draw = random.Random(1)
+    return [[draw.randrange(14) for _ in range(tokens)] for _ in "ab"]
+
+
+def test_unrelated_answers_take_little_memory():
+    """Memory grows with the square of the length: a sixteenth of what 4,000 tokens may take"""
+    a, b = unrelated(1000)
+    tracemalloc.start()
+    diff.align(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6 / 16
+
+
+LONG = dict(instruction="q", input="", original="apple\n" * 900, edited="pear\n" * 900)
+
+
+def no_alignment(*_, **__):
+    raise AssertionError("a pair that is too long was aligned")
+
+
+@pytest.mark.parametrize("words", [["diff.py"], ["diff.py", "show"], ["edit.py", "stats"]])
+def test_the_gate_comes_before_the_alignment(world, tmp_path, monkeypatch, capsys, words):
+    tokenizer = f"--tokenizer={world}/sft"
+    path = tmp_path / "edits.jsonl"
+    path.write_text((json.dumps(LONG) + "\n") * 2)
+    monkeypatch.setattr(diff, "align", no_alignment)
+    if words == ["edit.py", "stats"]:
+        for flags in ([], [tokenizer]):
+            stats.main([str(path), *flags])
+            assert "2 rows: 0 edits pass the gate, 2 too long" in capsys.readouterr().out
+    elif words == ["diff.py", "show"]:
+        show_diffs.main([str(path), tokenizer])
+        assert "2 pairs longer than --max_tokens=512 are not shown" in capsys.readouterr().out
+    else:
+        pair, why = diff.diff_row(LONG, common.load_tokenizer(f"{world}/sft"), max_tokens=512)
+        assert why == "too long"
+        assert "edited_changed" not in pair
+        done = run("diff.py", path, tokenizer, f"--out={tmp_path}/diffs.jsonl", ok=False)
+        assert "'too long': 2" in done.stderr
 
 
 def test_show_draws_pairs_in_the_terminal(world, tmp_path):

@@ -2,13 +2,14 @@
 
     python edit.py stats FILE
 """
-import math, re, sys
+import itertools, math, re, sys
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 
 import diff
 from common import load_tokenizer, token_texts
+from extras.editors.desk import edits_of
 from extras.report.show_diffs import draw
 from plumbing.command_line import load_config
 from plumbing.files import check_input, read_jsonl
@@ -21,7 +22,8 @@ class Config:
     data: str = "out/edits.jsonl"  # edits by any editor: instruction, input, original, edited
     tokenizer: str = ""            # a model's folder or hub name; empty: words are counted instead
     max_changed: float = diff.Config.max_changed  # the gate of diff.py, to try values of it here
-    max_tokens: int = diff.Config.max_tokens      # of prompt + answer; needs the tokenizer
+    max_tokens: int = diff.Config.max_tokens      # of prompt + answer, or words of an answer;
+                                   # longer pairs are counted, but not aligned
     n: int = 10                    # how many of the most changed answers are drawn
 
 
@@ -60,17 +62,22 @@ def words_of(text):
     return re.findall(r"\s*\S+|\s+$", text) + [""]
 
 
-def align_row(row, tokenizer):
-    """-> (original, edited, original_changed, edited_changed), the prompt's length in tokens.
+def align_row(row, tokenizer, **limits):
+    """-> (original, edited, original_changed, edited_changed), and what diff.py's gate says of it.
 
-    The first two are ids; without a tokenizer they are words, and the length is None."""
+    The first two are ids; without a tokenizer they are words. Masks of a pair that is too long are
+    None. limits: max_tokens, max_changed"""
     if tokenizer:
-        pair = diff.diff_row(row, tokenizer)
+        pair, why = diff.diff_row(row, tokenizer, **limits)
         names = ("original_ids", "edited_ids", "original_changed", "edited_changed")
-        return tuple(pair[name] for name in names), len(pair["prompt_ids"])
+        return tuple(pair.get(name) for name in names), why
     original = words_of(row["original"])
     edited = words_of(row["edited"])
-    return (original, edited, *diff.align(original, edited)), None
+    why = diff.gate(original, edited, max_tokens=limits["max_tokens"])
+    if why == "too long":
+        return (original, edited, None, None), why
+    masks = diff.align(original, edited)
+    return (original, edited, *masks), diff.gate(original, edited, *masks, **limits)
 
 
 def show_gate(count, verdicts, failed):
@@ -81,6 +88,100 @@ def show_gate(count, verdicts, failed):
     say(f"{line}, {failed.total()} failed")
     for why, rows in failed.most_common(9):
         say(f"{rows:8}  failed: {plain(why)[:100]}")
+
+
+def show_people(rows):
+    """What each person of the human editor's page did. Rows of other editors have no name."""
+    by_person = {}
+    for row in rows:
+        for edit in edits_of(row):
+            if edit["who"]:
+                by_person.setdefault(edit["who"], []).append(edit)
+    for who, edits in sorted(by_person.items()):
+        seconds = [edit["seconds"] for edit in edits if edit["seconds"] is not None]
+        time = f", median {median(seconds):.0f} s a row" if seconds else ""
+        unchanged = sum(bool(edit["unchanged"]) for edit in edits)
+        say(f"{plain(who)}: {len(edits)} rows, nothing to change in {unchanged}{time}")
+
+
+def changed_tokens(row, edited, tokenizer, limits):
+    """Which tokens of the original this edit changes -> list of 0/1, None if it is too long.
+
+    Where text was only inserted, the token after it counts (diff.py's gaps)."""
+    edit = {name: row.get(name) for name in ("id", "instruction", "input", "original", "cut")}
+    edit["edited"] = edited
+    pair, _ = align_row(edit, tokenizer, gaps=True, **limits)
+    return pair[2]
+
+
+def with_error(measure, counts):
+    """A measure of summed counts, and its standard error by the jackknife over the rows -> text.
+
+    counts: one Counter per row. measure(Counter) -> float, or None where it is not defined"""
+    total = Counter()
+    for count in counts:
+        total.update(count)
+    value = measure(total)
+    if value is None:
+        return "not defined"
+    left_out = []
+    for count in counts:
+        rest = Counter(total)
+        rest.subtract(count)
+        left_out.append(measure(rest))
+    n = len(counts)
+    if n < 2 or None in left_out:
+        return f"{value:.2f} ± ?"
+    mean = sum(left_out) / n
+    variance = (n - 1) / n * sum((x - mean) ** 2 for x in left_out)
+    return f"{value:.2f} ± {math.sqrt(variance):.2f}"
+
+
+def overlap(count):
+    """Of the tokens that at least one of two people changed, the share that both changed"""
+    either = count["both"] + count["first"] + count["second"]
+    return count["both"] / either if either else None
+
+
+def kappa(count):
+    """Cohen's kappa of "this token is to be changed": 1 is agreement, 0 is what chance gives"""
+    n = count["both"] + count["first"] + count["second"] + count["neither"]
+    if not n:
+        return None
+    first = (count["both"] + count["first"]) / n    # the share that the first person changed
+    second = (count["both"] + count["second"]) / n
+    by_chance = first * second + (1 - first) * (1 - second)
+    if by_chance == 1:
+        return None
+    observed = (count["both"] + count["neither"]) / n
+    return (observed - by_chance) / (1 - by_chance)
+
+
+def show_agreement(rows, tokenizer, limits):
+    """For each two people who edited the same rows: did they change the same tokens?"""
+    counts_of = {}  # (who, who) -> one Counter of tokens per row
+    same_text = Counter()
+    for row in rows:
+        edits = sorted((edit for edit in edits_of(row) if edit["who"]), key=lambda edit: edit["who"])
+        for first, second in itertools.combinations(edits, 2):
+            masks = [changed_tokens(row, edit["edited"], tokenizer, limits)
+                     for edit in (first, second)]
+            if None in masks:
+                continue
+            count = Counter()
+            for by_first, by_second in zip(*masks):
+                names = {(1, 1): "both", (1, 0): "first", (0, 1): "second", (0, 0): "neither"}
+                count[names[by_first, by_second]] += 1
+            people = (first["who"], second["who"])
+            counts_of.setdefault(people, []).append(count)
+            same_text[people] += first["edited"] == second["edited"]
+
+    unit = "tokens" if tokenizer else "words"
+    for people, counts in sorted(counts_of.items()):
+        names = " and ".join(map(plain, people))
+        say(f"{names}, {len(counts)} rows edited by both: of the {unit} that either changed, both "
+            f"changed {with_error(overlap, counts)}; kappa {with_error(kappa, counts)}; the same "
+            f"text in {same_text[people]}")
 
 
 def show_histogram(shares):
@@ -96,7 +197,7 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed,
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
     unit = "tokens" if tokenizer else "words"
 
-    # Align every edit and ask the gate of diff.py.
+    # Align every edit that is not too long, and ask the gate of diff.py.
     failed = Counter()
     verdicts = Counter()
     kinds = Counter()
@@ -106,15 +207,19 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed,
         if row["edited"] is None:
             failed[str(row.get("error") or "no reason given")] += 1
             continue
-        pair, prompt_length = align_row(row, tokenizer)
+        pair, why = align_row(row, tokenizer, max_tokens=max_tokens, max_changed=max_changed)
+        verdicts[why] += 1
+        if why == "too long":
+            continue
         original, edited, original_changed, edited_changed = pair
-        room = max_tokens - prompt_length if tokenizer else None
-        verdicts[diff.gate(*pair, max_changed=max_changed, max_tokens=room)] += 1
         kinds += operations(original_changed, edited_changed)
         share = diff.changed_share(original_changed, edited_changed)
         pairs.append((share, row, pair))
         longer.append(len(edited) - len(original))
     show_gate(len(rows), verdicts, failed)
+    show_people(rows)
+    limits = dict(max_tokens=max_tokens, max_changed=max_changed)
+    show_agreement(rows, tokenizer, limits)
     if not pairs:
         return
 

@@ -12,7 +12,7 @@ from diff import Config as DiffConfig
 from diff import EDIT_FIELDS, align, changed_share, diff_row
 from extras.pages import question_html, safe, write_show_page
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.models import check_model
 from plumbing.paint import plain
 from plumbing.ranks import say
@@ -153,7 +153,7 @@ def unchanged(mask):
 
 def show_pairs(cfg):
     """The first n changed pairs of an edits file"""
-    check_numbers(cfg, "n", "max_tokens")
+    check_numbers(cfg, n=COUNT, max_tokens=COUNT, seed=ANY)
     check_input(cfg.data, "data", "python edit.py")
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
