@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from common import encode_prompt, encode_response, load_tokenizer, tokenizer_hash
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, check_numbers, read_jsonl, replacing
+from plumbing.files import (ABOVE_0, ANY, COUNT, check_input, check_numbers, read_jsonl, replacing)
 from plumbing.models import check_model
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
@@ -67,7 +67,10 @@ def lcs_length(a, b):
     return len(a) - v.bit_count()
 
 
-PAIR, CONTINUE, DELETE = 1, 2, 4  # ways to leave a cell: see common_pairs(); 0: insert
+# The ways to leave a cell of common_pairs(); without any of them, a token of b is inserted.
+PAIR = 1      # the cell's best score pairs a[i-1] with b[j-1] ...
+CONTINUE = 2  # ... and such a pair continues the run of the pair before it
+DELETE = 4    # a[i-1] is deleted
 
 
 def common_pairs(a, b):

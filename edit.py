@@ -27,7 +27,8 @@ from common import load_tokenizer
 from plumbing import claude
 from plumbing.claude import Reply
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, read_jsonl, whole_characters, write_jsonl
+from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
+                            read_jsonl, whole_characters, write_jsonl)
 from plumbing.models import check_fits, check_model
 from plumbing.paint import plain
 from plumbing.ranks import fail, say
@@ -67,6 +68,10 @@ class Config:
     dry_run: bool = False        # count, price and show; ask nothing, write nothing
     limit: int | None = None     # only the first so many rows
     seed: int = 0                # rules: which flaws are overlooked; local: draws of the second try
+    port: int = 0                # human: of the page, on this machine; 0: a free one, then the same
+    guide: str = ""              # human: a text file with instructions, shown next to the answers
+    annotators: int = 1          # human: with 2, each person edits the rows of `shared`, and they
+    shared: float = 0.1          # divide the others; edit.py stats shows how far they agree
     overwrite: bool = False
 
 
@@ -85,6 +90,8 @@ def read_rows(cfg):
         own_fields |= pair_fields.keys()
     else:
         fields["original"] = str
+    if cfg.editor == "human":
+        own_fields |= {"who", "unchanged", "seconds", "order", "saved_at", "also"}
     given = read_jsonl(cfg.data, fields)[:cfg.limit]
 
     # A model's edit depends on the wording of the request, too.
@@ -256,15 +263,18 @@ def check(cfg, rows):
     tag = re.search(r"</([\w-]+)>", cfg.tags)
     if not tag:
         fail("--tags must ask for an answer between <tag> and </tag>")
-    if not 0 < cfg.max_tokens <= 21_333:
-        fail(f"--max_tokens={cfg.max_tokens} must be 1 to 21,333: for more the API wants to stream")
-    if cfg.concurrency < 1 or cfg.retries < 0 or cfg.limit is not None and cfg.limit < 1:
-        fail("--concurrency and --limit must be at least 1, --retries at least 0")
+    # For more than 21,333 tokens the API wants to stream.
+    check_numbers(cfg, max_tokens=(1, 21_333), concurrency=COUNT, timeout=ABOVE_0,
+                  retries=AT_LEAST_0, limit=COUNT, annotators=COUNT, shared=SHARE,
+                  port=(0, 65_535), seed=ANY)
+    for name in ("{instruction}", "{input}", "{original}"):
+        if name not in cfg.prompt:
+            fail(f"--prompt must contain {name}; the editor would not see it")
     if cfg.dry_run:
         return tag[1]
 
     if cfg.editor == "human":
-        extra("editors.page", "--editor=human")
+        extra("editors.page", "--editor=human").check(cfg)
     if cfg.editor == "rules":
         from data.toy.prepare import gold
         for row in rows.values():
@@ -293,17 +303,20 @@ class Edits:
 
     def todo(self):
         """The rows that have no edit yet, a failed one included"""
+        if self.cfg.editor == "human":
+            page = extra("editors.page", "--editor=human")
+            return page.todo(self.cfg, self.rows, self.done)
         return {key: row for key, row in self.rows.items()
                 if key not in self.done or self.done[key]["edited"] is None}
 
-    def save(self, key, edited, error=None, reply=Reply()):
+    def save(self, key, edited, error=None, reply=Reply(), facts=None):
         model = self.cfg.model if self.cfg.editor in ("claude", "local") else None
         row = {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")}
         row |= dict(edited=edited, editor=self.cfg.editor, model=model,
                     stop_reason=reply.stop_reason, usage=reply.usage)
         if edited is None:
             row |= dict(error=error, raw=reply.text)
-        row |= self.rows[key]
+        row |= self.rows[key] | (facts or {})
         line = whole_characters(json.dumps(row, ensure_ascii=False) + "\n").encode()
 
         # One write. If the disk is full, the torn line is removed again.
@@ -372,11 +385,13 @@ def main(cfg):
         answers = [row["original"] for row in rows.values()]
         return claude.show_price(requests, answers, batch=cfg.batch_api)
 
-    unimportant = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit")
+    unimportant = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit",
+                   "port", "guide", "annotators", "shared")
     begin(cfg, "edit", unimportant=unimportant, paid=True)
     ledger = Path(f"{cfg.out}.batches.json")  # what the Batches API works on
     if cfg.overwrite:
         ledger.unlink(missing_ok=True)
+        Path(f"{cfg.out}.drafts.jsonl").unlink(missing_ok=True)  # of the person's page
     edits = Edits(cfg, rows)
     todo = edits.todo()
     if not cfg.batch_api and not todo.keys().isdisjoint(claude.under_way(ledger)):
@@ -389,7 +404,7 @@ def main(cfg):
     with claude.stopping() as stop:
         if cfg.editor == "human" and todo:
             page = extra("editors.page", "--editor=human")
-            page.serve(rows, edits.done, edits.save, stop)
+            page.serve(cfg, rows, edits.done, edits.save, stop)
         elif cfg.editor == "rules":
             from data.toy.prepare import mend
             for key, row in todo.items():
@@ -406,9 +421,11 @@ def main(cfg):
         say(f"{spent['input_tokens']:,} tokens in and {spent['output_tokens']:,} out this "
             f"time{cost}")
     left = sum(key not in done for key in rows)
+    if cfg.editor == "human":
+        left = len(edits.todo())
     if left or stop.is_set() and again:
-        say(f"{left} of {len(rows)} rows are left, {again} may be asked again: the same command "
-            "continues")
+        asked_again = f", {again} may be asked again" if again else ""
+        say(f"{left} of {len(rows)} rows are left{asked_again}: the same command continues")
         raise SystemExit(130 if stop.is_set() else 0)
 
     tokens = Counter()

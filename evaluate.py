@@ -34,8 +34,8 @@ from common import (decode_response, encode_prompt, encode_response, end_ids, ge
                     reward_level, row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
-from plumbing.files import (check_input, check_numbers, read_jsonl, replacing, whole_characters,
-                            write_jsonl)
+from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl,
+                            replacing, whole_characters, write_jsonl)
 from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, barrier, fail, say, total
 from plumbing.record import begin, finish, logged, progress, record_of
@@ -148,14 +148,11 @@ def check_decode(cfg):
     """What can be wrong before the model is loaded -> rows, tokenizer, prompts (lists of ids)"""
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    check_numbers(cfg, "batch", "response_len")
-    if not cfg.temperature >= 0:
-        fail(f"--temperature must be at least 0, got {cfg.temperature}")
-    if not 0 < cfg.top_p <= 1:
-        fail(f"--top_p must be above 0 and at most 1, got {cfg.top_p}")
+    check_numbers(cfg, temperature=AT_LEAST_0, top_p=(ABOVE_0[0], 1), response_len=COUNT,
+                  batch=COUNT, seed=ANY)
     if Path(cfg.out).suffix != ".jsonl":
         fail(f"--out must be a .jsonl file, got {cfg.out}")
-    rows = read_jsonl(cfg.data, {"instruction": str})
+    rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None))})
     tokenizer = load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     longest = max(map(len, prompts)) + cfg.response_len
@@ -296,7 +293,7 @@ def matched(path_1, path_2, key, kinds):
 def by_question(path, key, kinds):
     """question (a tuple of the fields in key) -> its rows"""
     found = defaultdict(list)
-    for row in read_jsonl(path, {"instruction": str} | kinds):
+    for row in read_jsonl(path, {"instruction": str, "input": (str, type(None))} | kinds):
         question = tuple(str(row.get(name) or "") for name in key)
         found[question].append(row)
     return found
@@ -389,9 +386,10 @@ def check_judge(cfg):
     check_input(cfg.outputs, "outputs", "python evaluate.py decode")
     check_input(cfg.reference, "reference",
                 "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    check_numbers(cfg, "concurrency", "max_tokens", "micro_batch")
-    if cfg.orders not in (1, 2) or Path(cfg.out).suffix != ".jsonl":
-        fail(f"--orders must be 1 or 2, --out a .jsonl file; got {cfg.orders} and {cfg.out}")
+    check_numbers(cfg, orders=(1, 2), max_tokens=COUNT, concurrency=COUNT, micro_batch=COUNT,
+                  seed=ANY)
+    if Path(cfg.out).suffix != ".jsonl":
+        fail(f"--out must be a .jsonl file, got {cfg.out}")
     if WORLD > 1 and cfg.judge != "reward_model":
         fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
 
@@ -591,7 +589,8 @@ class WinrateConfig:
 
 def read_annotations(path):
     number = (int, float, type(None))
-    fields = {"instruction": str, "output_1": str, "output_2": str, "preference": number}
+    fields = {"instruction": str, "input": (str, type(None)), "output_1": str, "output_2": str,
+              "preference": number}
     rows = read_jsonl(path, fields)
     for row in rows:
         if not (row["preference"] in (None, 0) or 1 <= row["preference"] <= 2):
@@ -641,7 +640,7 @@ def by_length(rows):
 
 
 def winrate(cfg):
-    check_numbers(cfg, "resamples")
+    check_numbers(cfg, resamples=COUNT, seed=ANY)
     if len(cfg.data) not in (1, 2):
         fail("winrate needs one or two files of annotations: python evaluate.py winrate "
              "out/ppo/annotations.jsonl")
@@ -724,7 +723,7 @@ def read_held_out(path, tokenizer, max_tokens):
     """A file of preferences or edits -> dict: data (its path), kind, pairs (row, prompt, better
     answer, worse answer; ids), dropped (reason -> count)"""
     kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
-    fields = {"instruction": str}
+    fields = {"instruction": str, "input": (str, type(None))}
     if kind == "edits":
         fields |= {"original": str, "edited": (str, type(None))}
     else:
@@ -841,7 +840,7 @@ def check_rewards(cfg):
         fail("rewards needs held-out files: evaluate.py rewards data/toy/pref_heldout.jsonl")
     for path in cfg.data:
         check_input(path, "data", "python data/toy/prepare.py, or python edit.py")
-    check_numbers(cfg, "max_tokens", "micro_batch", "resamples")
+    check_numbers(cfg, max_tokens=COUNT, micro_batch=COUNT, resamples=COUNT, seed=ANY)
     if cfg.out and Path(cfg.out).suffix != ".json":
         fail(f"--out={cfg.out} must end in .json; the report reads {cfg.reward_model}/rewards.json")
     level = reward_level(cfg.reward_model)
@@ -917,6 +916,7 @@ class ReportConfig:
 
 
 def report(cfg):
+    check_numbers(cfg, target=(0, 100), seed=ANY)
     extra("report.tables", "evaluate.py report").write_report(cfg)
 
 

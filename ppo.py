@@ -11,7 +11,6 @@ reference, V, r_t), turn the scores into advantages, update (clipped PPO), log a
     level=token      GAE gets the rewards [R_1 - b KL_1, ..., R_T - b KL_T]
     level=sequence   GAE gets the rewards [-b KL_1, ..., R - b KL_T], where R is the reward model's
                      at the last token, or R(tau) of Eq. 1 if its level is token
-
 All other code is the same. r_t is read at the position of a_t (the model has read a_t); V(s_t) and
 log pi(a_t | s_t) are read one position earlier.
 
@@ -36,7 +35,8 @@ from common import (decode_response, encode_prompt, end_ids, epoch_order, genera
                     token_texts, tokenizer_hash, total_rewards, unsharded)
 from plumbing import watch
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
+                            read_jsonl)
 from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, logged, progress,
@@ -144,8 +144,7 @@ def gae(rewards, values, mask, *, gamma, lam):
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(rewards)
-    A = 0.0
-    next_value = 0.0
+    A, next_value = 0.0, 0.0
     for t in reversed(range(mask.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         A = (delta + gamma * lam * A) * mask[:, t]  # 0 in the padding after a response
@@ -222,8 +221,8 @@ def roll_out(policy, tokenizer, prompts, cfg, step, device):
             rows = range(n)[start:start + cfg.rollout_micro_batch]
             group = [prompts[row] for row in rows]
             prompt_ids, prompt_mask, _ = pack(group, [[]] * len(rows), device)  # [B, P] each
-            uniforms = torch.stack(
-                [row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows])
+            draws = [row_uniforms(cfg.response_len, cfg.seed, step, row) for row in rows]
+            uniforms = torch.stack(draws)                                       # [B, response_len]
             response_ids, response_mask = generate(                             # [B, T] each
                 policy, prompt_ids, prompt_mask, max_new_tokens=cfg.response_len,
                 eos_id=end_ids(tokenizer), temperature=cfg.temperature, uniforms=uniforms)
@@ -245,8 +244,7 @@ def optimizer_batches(cfg, step, epoch):
 
 @torch.no_grad()
 def score(function, parts, prompts, responses, device):
-    """function(ids, mask, response_mask) [B, T], over this rank's parts (lists of rows), collected
-    from all ranks -> [rows, T]. All ranks."""
+    """function(*pack(..)) [B, T] over this rank's parts (lists of rows) -> [rows, T]. All ranks."""
     output = torch.zeros(len(responses), max(map(len, responses)), device=device)
     for part in parts:
         # A rank without rows runs row 0: FSDP's forward is collective.
@@ -260,18 +258,16 @@ def score(function, parts, prompts, responses, device):
 
 def stop_if(bad, what, step, numbers, cfg):
     """Exits and names the rows with NaN or inf. bad [rows] bool, the same on every rank."""
-    if not bad.any():
-        return
-    rows = [str(numbers[i]) for i in bad.nonzero()[:, 0].tolist()]
-    if len(rows) > 8:
-        rows = rows[:8] + ["..."]
-    fail(f"step {step}: {what} not finite in row(s) {', '.join(rows)} of {cfg.data}; what was "
-         f"saved before in {cfg.out} is kept. Lower --lr, or look at the rows")
+    if bad.any():
+        rows = [str(numbers[i]) for i in bad.nonzero()[:, 0].tolist()]
+        if len(rows) > 8:
+            rows = rows[:8] + ["..."]
+        fail(f"step {step}: {what} not finite in row(s) {', '.join(rows)} of {cfg.data}; what was "
+             f"saved before in {cfg.out} is kept. Lower --lr, or look at the rows")
 
 
 def update(models, optimizer, rollout, cfg, step, lr, device):
     """ppo_epochs over the rollout batch -> means over all real tokens of the step. All ranks.
-
     rollout: prompts, responses (lists of ids), lengths, numbers (of the rows in the data file), and
     old_logprobs, old_values, advantages, returns [rows, T]."""
     # The sharded parameters are the optimizer's: after a forward, FSDP may show unsharded ones.
@@ -341,11 +337,10 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
 def samples(tokenizer, step, rows, responses, r, R):
     """The first three responses with their rewards, for samples.jsonl. r [rows, T], R [rows]"""
     entries = []
-    for k, row in enumerate(rows[:3]):
-        ids = responses[k]
+    for row, ids, token_rewards, reward in zip(rows[:3], responses, r, R):
         entry = dict(step=step, instruction=row["instruction"], input=row.get("input") or "")
         entry |= dict(output=decode_response(tokenizer, ids), tokens=token_texts(tokenizer, ids))
-        entry |= dict(token_rewards=r[k, :len(ids)].tolist(), reward=R[k].item())
+        entry |= dict(token_rewards=token_rewards[:len(ids)].tolist(), reward=reward.item())
         entries.append(entry)
     return entries
 
@@ -357,22 +352,22 @@ def check(cfg):
     check_model(cfg.policy, "policy", "python sft.py")
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
-    check_numbers(cfg, "steps", "rollout_batch", "rollout_micro_batch", "score_micro_batch",
-                  "batch", "micro_batch", "ppo_epochs", "response_len", "fixed_length",
-                  "save_every", "resume_every", "sample_every")
+    check_numbers(cfg, steps=COUNT, rollout_batch=COUNT, rollout_micro_batch=COUNT, batch=COUNT,
+                  score_micro_batch=COUNT, micro_batch=COUNT, ppo_epochs=COUNT, query_len=COUNT,
+                  response_len=COUNT, fixed_length=COUNT, save_every=COUNT, resume_every=COUNT,
+                  sample_every=COUNT)
+    check_numbers(cfg, temperature=ABOVE_0, kl_coef=AT_LEAST_0, kl_target=ABOVE_0, gamma=SHARE,
+                  missing_eos_penalty=AT_LEAST_0, lam=SHARE, lr=AT_LEAST_0, clip=ABOVE_0,
+                  warmup_steps=AT_LEAST_0, lr_epochs=ABOVE_0, value_clip=ABOVE_0, seed=ANY,
+                  vf_coef=AT_LEAST_0, max_grad_norm=ABOVE_0, gpu_gb=ABOVE_0)
     groups = -(-cfg.rollout_batch // cfg.rollout_micro_batch)
     if groups < WORLD:
-        fail(f"--rollout_batch={cfg.rollout_batch} in groups of --rollout_micro_batch="
-             f"{cfg.rollout_micro_batch} leaves some of the {WORLD} ranks without rollouts; make "
-             "the groups smaller")
+        fail(f"--rollout_micro_batch={cfg.rollout_micro_batch} leaves some of the {WORLD} ranks "
+             f"without rollouts of --rollout_batch={cfg.rollout_batch}; make it smaller")
     if cfg.level == "sequence" and cfg.reward_scale != "sum":
         fail(f"--reward_scale={cfg.reward_scale} is for --level=token")
     if (cfg.reward_scale == "fixed") != bool(cfg.fixed_length):
         fail("--reward_scale=fixed and --fixed_length=N go together")
-    if cfg.kl_target is not None and cfg.kl_target <= 0:
-        fail(f"--kl_target must be above 0, got {cfg.kl_target} (None: kl_coef stays)")
-    if cfg.temperature <= 0:
-        fail(f"--temperature must be above 0, got {cfg.temperature}: rollouts are sampled")
 
     reward_model_level = reward_level(cfg.reward_model)
     if cfg.level == "token" and reward_model_level == "sequence":
@@ -425,10 +420,9 @@ def main(cfg):
 
     # Two models learn, two are frozen.
     device, mesh, dtype = setup(cfg.dtype)
-    checkpointing = cfg.activation_checkpointing
-    policy = load_model(cfg.policy, device, mesh, dtype, checkpointing=checkpointing)
-    value = load_model(cfg.reward_model, device, mesh, dtype, head="zero",
-                       checkpointing=checkpointing)
+    learns = dict(checkpointing=cfg.activation_checkpointing)
+    policy = load_model(cfg.policy, device, mesh, dtype, **learns)
+    value = load_model(cfg.reward_model, device, mesh, dtype, head="zero", **learns)
     models = torch.nn.ModuleDict(dict(policy=policy, value=value))
     reference = load_model(cfg.policy, device, mesh, dtype, frozen=True)
     reward_model = load_model(cfg.reward_model, device, mesh, dtype, head="saved", frozen=True)
@@ -440,11 +434,10 @@ def main(cfg):
     done, history = resume(cfg, models, optimizer, tokenizer, dtype, last_lr)
     saved = done  # the steps that the newest checkpoint has done
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
-    watch.listen_for_sigterm()
+    watch.listen_for_signals()
     so_far = f", {done} of them done" if done else ""
-    dropped = len(rows) - len(kept)
-    say(f"{len(kept)} prompts ({dropped} longer than {cfg.query_len} tokens dropped), {cfg.steps} "
-        f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s){so_far}")
+    say(f"{len(kept)} prompts ({len(rows) - len(kept)} longer than {cfg.query_len} tokens "
+        f"dropped), {cfg.steps} steps of {cfg.rollout_batch} responses on {WORLD} rank(s){so_far}")
 
     for step in progress(range(done, cfg.steps), "ppo", cfg.steps):
         watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
@@ -474,8 +467,8 @@ def main(cfg):
         V = partial(token_heads, value, before=True)
         r = score(partial(token_heads, reward_model), parts, prompts, responses, device)
         old_values = score(V, parts, prompts, responses, device)
-        scores = dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, rewards=r,
-                      values=old_values)
+        scores = dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+        scores |= dict(rewards=r, values=old_values)
         for name, x in scores.items():
             stop_if(~torch.isfinite(x.sum(1)), f"{name} are", step, numbers, cfg)
 
@@ -496,8 +489,8 @@ def main(cfg):
         explained = watch.explained_variance(old_values, returns, mask)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
-        if step == 0:
-            pressure = alarms and alarms.length_pressure(cfg, r, mask, ended)
+        if alarms and step == 0:
+            pressure = alarms.length_pressure(cfg, r, mask, ended)
             if pressure:
                 say("ALARM:", pressure)
 
@@ -505,9 +498,9 @@ def main(cfg):
         t2 = time.time()
         watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
         lr = learning_rate(cfg, step, len(kept))
-        rollout = dict(prompts=prompts, responses=responses, lengths=lengths, numbers=numbers,
-                       old_logprobs=old_logprobs, old_values=old_values, advantages=advantages,
-                       returns=returns)
+        rollout = dict(prompts=prompts, responses=responses, lengths=lengths, numbers=numbers)
+        rollout |= dict(old_logprobs=old_logprobs, old_values=old_values)
+        rollout |= dict(advantages=advantages, returns=returns)
         stats = update(models, optimizer, rollout, cfg, step, lr, device)
 
         # ---- 5. log and save
@@ -524,13 +517,14 @@ def main(cfg):
         row |= dict(tokens_per_s=tokens / (t3 - t0), peak_gb=watch.peak_gb(device), seconds=t3 - t0)
         history.append(row)
         kl_coef = row["next_kl_coef"]
-        log_metrics(cfg.out, row, shown=("step", "reward", "kl", "response_length", "eos_share",
-                                         "first_ratio_error", "clip_fraction", "grad_norm",
-                                         "seconds"))
+        shown = ("step", "reward", "kl", "response_length", "eos_share", "first_ratio_error",
+                 "clip_fraction", "grad_norm", "seconds")
+        log_metrics(cfg.out, row, shown=shown)
         if mirror:
             mirror(row)
-        for words in alarms.alarms(cfg, history, dtype) if alarms else ():
-            say(f"ALARM at step {step}:", words)
+        if alarms:
+            for words in alarms.alarms(cfg, history, dtype):
+                say(f"ALARM at step {step}:", words)
 
         is_last = step + 1 == cfg.steps
         if step % cfg.sample_every == 0 or is_last:

@@ -34,7 +34,8 @@ from common import (cosine, encode_prompt, encode_response, end_ids, load_model,
                     mean_rewards, my_micro_batches, optimizer_step, pack, rows_at,
                     sequence_rewards, setup, token_heads, tokenizer_hash, total_rewards, upcast)
 from plumbing.command_line import extra, load_config
-from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
+                            read_jsonl)
 from plumbing.models import check_fits, check_model
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, record_of,
@@ -384,11 +385,10 @@ def check(cfg):
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
-    check_numbers(cfg, "epochs", "steps", "batch", "micro_batch", "max_tokens", "log_every",
-                  "resume_every")
-    if cfg.head_lr_factor <= 0:
-        fail(f"--head_lr_factor must be above 0, got {cfg.head_lr_factor}: with a head of zeros "
-             "nothing would learn")
+    check_numbers(cfg, anchor=AT_LEAST_0, eval_every=AT_LEAST_0, epochs=COUNT, steps=COUNT,
+                  batch=COUNT, micro_batch=COUNT, lr=AT_LEAST_0, warmup=SHARE,
+                  head_lr_factor=ABOVE_0, max_tokens=COUNT, max_grad_norm=ABOVE_0,
+                  log_every=COUNT, resume_every=COUNT, seed=ANY)
     if cfg.anchor and cfg.loss == "sequence":
         fail("--anchor pulls token rewards to 0; with --loss=sequence there are none: leave it at "
              "0")

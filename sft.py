@@ -18,7 +18,8 @@ from transformers import AutoConfig
 from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
                     my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs)
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
+                            read_jsonl)
 from plumbing.models import check_fits, check_model, meta_model, recurrent_layer
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, save_checkpoint,
@@ -50,7 +51,9 @@ class Config:
 def check(cfg):
     """What can be wrong before a model is loaded -> tokenizer, the rows of --data, and those that
     fit: their numbers in the file (from 1), prompts and responses (lists of ids)"""
-    check_numbers(cfg, "epochs", "batch", "micro_batch", "max_tokens", "log_every", "resume_every")
+    check_numbers(cfg, epochs=COUNT, batch=COUNT, micro_batch=COUNT, lr=AT_LEAST_0, warmup=SHARE,
+                  max_tokens=COUNT, max_grad_norm=ABOVE_0, log_every=COUNT, resume_every=COUNT,
+                  seed=ANY)
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model",
                 weights="new")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")

@@ -14,7 +14,7 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
 
 # Fields that hold a path, so that a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
-         "train").split()
+         "train guide").split()
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -24,6 +24,10 @@ def load_config(Config, table, argv=None):
     table: the table of a preset that this stage reads; a copy under another file name reads the
     same. A positional argument that ends in .toml is a preset; any other is `data`."""
     sys.excepthook = one_line
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None, if it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # what a terminal cannot show becomes "?"
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         print(sys.modules[Config.__module__].__doc__ + "\n" + inspect.getsource(Config))
@@ -48,9 +52,22 @@ def load_config(Config, table, argv=None):
             positional.append(word)
 
     if positional:
+        check_word(positional[0], table)
         name = known("data", kinds, "command line")
         values[name] = parse(name, positional, kinds[name], "command line")
+    for name, value in values.items():
+        if value == "" and name in PATHS and getattr(Config, name, None) != "":
+            fail(f"command line: --{name} is empty; write a path, or leave it out")
     return Config(**values)
+
+
+def check_word(word, table):
+    """fail() if a positional argument is no file, but like a command word (stats, show)"""
+    words = [name.removeprefix(f"{table}.") for name in TABLES if name.startswith(f"{table}.")]
+    near = difflib.get_close_matches(word, words, 1)
+    if near and not Path(word).exists():
+        fail(f"command line: no file {word!r}. Did you mean the word {near[0]!r}? It comes first: "
+             f"python {Path(sys.argv[0]).name} {near[0]} ...")
 
 
 def read_flag(word, words, kinds):
@@ -83,7 +100,7 @@ def did_you_mean(name, names, form="{!r}"):
 def read_preset(path, table):
     """field -> value of one [table] of a preset. A table that no stage reads is an error."""
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         fail(f"{path}: {getattr(error, 'strerror', None) or error}")
 
@@ -160,19 +177,23 @@ def extra(name, needed_by=""):
 
 def one_line(kind, error, trace):
     """sys.excepthook: Ctrl-C and a full or read-only disk are one line, not a traceback"""
-    disk = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    not_ours = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+    disk = (errno.ENOSPC, errno.EDQUOT, *not_ours)
     full = "No space left on device"  # as safetensors says it, without an error number
     if kind is BrokenPipeError:  # `| head` has read enough
-        os._exit(0)
+        os._exit(141)  # as other programs do
     if kind is KeyboardInterrupt:
         overwrites = any(word.startswith("--overwrite") for word in sys.argv)
         without = ", without --overwrite," if overwrites else ""
-        print(f"\ninterrupted: the same command{without} continues from here", file=sys.stderr)
+        print(f"\ninterrupted: what was saved is kept; the same command{without} continues from "
+              "there", file=sys.stderr)
     elif (isinstance(error, OSError) and error.errno in disk) or full in str(error):
         where = getattr(error, "filename", None) or ""
         why = getattr(error, "strerror", None) or full
-        print(f"{Path(sys.argv[0]).name}: cannot write {where}: {why}; what was written before is "
-              "valid: free some space (or choose another --out), run the same command again",
-              file=sys.stderr)
+        what, fix = "write", "free some space (or choose another --out), run the same command again"
+        if getattr(error, "errno", None) in not_ours:
+            what, fix = "open", "choose another path, or change what is there"
+        print(f"{Path(sys.argv[0]).name}: cannot {what} {where}: {why}; what was written before is "
+              f"valid: {fix}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -1,33 +1,41 @@
 """JSONL files, and a user's mistakes in rows, files and numbers: one line says what is wrong and how
 to fix it, before any model is loaded."""
 import json, math, os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plumbing.ranks import fail
 
 
 def read_jsonl(path, fields):
-    """The rows of a JSONL file (list of dict). fields: name -> kind, as in fits(); unknown fields
-    are kept. A malformed row ends the run with file:line."""
+    """The rows of a JSONL file, or of a JSON array (list of dict). fields: name -> kind, as in
+    fits(); unknown fields are kept, a missing `input` is "". A malformed row ends the run with
+    file:line."""
     try:
-        file = open(path, "rb")
+        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     rows = []
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    if text.lstrip()[:1] == b"[":
+        with suppress(ValueError):
+            rows = list(enumerate(json.loads(text, parse_constant=no_constant), 1))
+    for number, line in enumerate(text.split(b"\n") if not rows else (), 1):
+        if line.strip():
             try:
-                row = json.loads(line)
+                rows.append((number, json.loads(line, parse_constant=no_constant)))
             except (ValueError, RecursionError) as error:
                 fail(f"{path}:{number}: not JSON ({error})")
-            check_row(row, fields, f"{path}:{number}")
-            rows.append(row)
+    for number, row in rows:
+        if isinstance(row, dict) and "input" in fields:
+            row.setdefault("input", "")
+        check_row(row, fields, f"{path}:{number}")
     if not rows:
         fail(f"{path}: no rows in it")
-    return rows
+    return [row for _, row in rows]
+
+
+def no_constant(word):
+    raise ValueError(f"{word} is not JSON; write null, or leave the field out")
 
 
 def write_jsonl(path, rows):
@@ -91,13 +99,19 @@ def check_input(path, flag, made_by):
         fail(f"--{flag}={path} does not exist; make it with: {made_by}")
 
 
-def check_numbers(cfg, *counts):
-    """fail() unless these fields, of rows, tokens or steps, are >= 1 or None; also checks lr, warmup"""
-    for name in counts:
+# Ranges of numbers, both ends included: (least, most).
+COUNT = (1, math.inf)
+AT_LEAST_0 = (0, math.inf)
+ABOVE_0 = (math.ulp(0.0), math.inf)
+SHARE = (0, 1)
+ANY = (-math.inf, math.inf)
+
+
+def check_numbers(cfg, **ranges):
+    """fail() unless each field is None or a finite number in its range: check_numbers(cfg, lr=...)"""
+    for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
-        if value is not None and value < 1:
-            fail(f"--{name} must be at least 1, got {value}")
-    if not 0 <= getattr(cfg, "lr", 0) < math.inf:
-        fail(f"--lr must be a finite number of at least 0, got {cfg.lr}")
-    if not 0 <= getattr(cfg, "warmup", 0) <= 1:
-        fail(f"--warmup is a share of the steps, 0 to 1, got {cfg.warmup}")
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            least = "above 0" if low == ABOVE_0[0] else f"at least {low}"
+            most = "finite" if high == math.inf else f"at most {high}"
+            fail(f"--{name} must be {least} and {most}, got {value}")

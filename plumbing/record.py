@@ -7,7 +7,7 @@ inputs or code have changed, it is refused and the differences are listed.
 A checkpoint holds weights and Adam's moments as safetensors, for any number of ranks. The rest of a
 run follows from its config and the step; PPO's adaptive KL coefficient is in metrics.jsonl.
 """
-import ast, dataclasses, fcntl, hashlib, inspect, json, os, shutil, subprocess, sys, time
+import ast, dataclasses, errno, fcntl, hashlib, inspect, json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import torch, transformers
@@ -38,7 +38,10 @@ def record_path(out):
 def record_of(out):
     """The run.json of a run's output, {} if there is none"""
     path = record_path(out)
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        fail(f"{path} is torn or no record of a run; remove it, or choose another --out")
 
 
 def fingerprint(path, pieces=16):
@@ -176,6 +179,10 @@ def take(cfg, inputs):
         fail(f"--out={out} lies below something that is not a folder; choose another --out")
     except BlockingIOError:
         fail(f"another run is writing {out}; wait for it, or choose another --out")
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        say(f"warning: no locks on this file system; do not start two runs with --out={out}")
 
 
 def results(out):
@@ -240,7 +247,10 @@ def log_metrics(out, row, shown=None):
 def logged(path):
     """The rows of a metrics.jsonl or samples.jsonl, without the torn last line of a killed run"""
     text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+    try:
+        return [json.loads(line) for line in text.split("\n")[:-1] if line]
+    except ValueError as error:
+        fail(f"{path} is damaged ({error}); remove the line, or start again with --overwrite=true")
 
 
 def trim_logs(out, done):

@@ -213,7 +213,7 @@ def test_what_is_dropped_is_counted_and_nothing_is_cut(world, tmp_path):
     # Refusals. They write nothing, so the next run may have other values.
     out = f"--out={tmp_path}/d.jsonl"
     done = run(*command, out, "--max_changed=30", ok=False)
-    assert done.returncode == 2 and "--max_changed is a share" in done.stderr
+    assert done.returncode == 2 and "--max_changed must be above 0 and at most 1" in done.stderr
     done = run(*command, out, "--max_tokens=1", ok=False)
     assert done.returncode == 2 and "no pair is left" in done.stderr
     run(*command, out)

@@ -19,7 +19,7 @@ import diff, edit
 from plumbing import files
 from plumbing import claude as claude_module, record
 from claude_standin import Standin, mended
-from extras.editors import page as edit_page, stats as edit_stats
+from extras.editors import stats as edit_stats
 
 LARGE = bool(os.environ.get("LARGE"))
 KEY = "sk-ant-secret-0123456789"
@@ -605,7 +605,7 @@ def test_bad_input(monkeypatch, capsys):
     for fields, words in (
         ({}, "pref.jsonl:1: preference must be 1 or 2, got 3"),
         ({"data": "none.jsonl"}, "does not exist; make it with"),
-        ({"max_tokens": 30_000}, "21,333"),
+        ({"max_tokens": 30_000}, "at most 21333"),
         ({"concurrency": 0}, "at least 1"),
         ({"tags": "no tags"}, "<tag>"),
     ):
@@ -743,7 +743,7 @@ def test_disk_full(monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = []
 
-    def serve(rows, done, save, stop):  # a person, who frees space and saves again
+    def serve(cfg, rows, done, save, stop):  # a person, who frees space and saves again
         for key in rows:
             size = Path("edits.jsonl").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, hard))  # half a line
@@ -1294,231 +1294,6 @@ def test_rules(monkeypatch):
     )
     write(rows[4:])
     assert run(monkeypatch, editor="rules", out="part.jsonl") == out[4:]
-
-
-# ---------------------------------------------------------------- a person's page
-
-
-@pytest.fixture
-def desk():
-    """The page's server on six rows -> call(action, **arguments), the desk, what was saved, the
-    address"""
-    rows = {
-        f"k{i}": {
-            "id": f"k{i}",
-            "instruction": f"<b>Do</b> {i} & more",
-            "input": "",
-            "original": f"teh <i>answer</i> {i}\nis wrong",
-        }
-        for i in range(6)
-    }
-    rows["k5"]["original"] = "two\r\nlines"
-    done, finished = {}, threading.Event()
-
-    def save(key, edited, error=None):
-        done[key] = {"edited": edited, "error": error}
-
-    table = edit_page.Desk(rows, done, save)
-    server = edit_page.make_server(table, "secret", finished)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/secret/"
-
-    def call(action, **arguments):
-        with urllib.request.urlopen(url + action, json.dumps(arguments).encode()) as reply:
-            return json.load(reply)
-
-    yield call, table, done, url, finished
-    server.shutdown()
-    server.server_close()
-
-
-def test_tabs_do_not_lose_each_others_rows(desk):
-    call, table, done, url, finished = desk
-    first, second = call("next", tab="a")["row"], call("next", tab="b")["row"]
-    assert (first["id"], second["id"]) == ("k0", "k1")
-    assert call("save", tab="a", id="k0", version=0, edited="mine") == {"saved": True}
-    assert call("next", tab="a", skipped=[])["row"]["id"] == "k2"
-    same = call("row", tab="b", id="k1", step=-1)["row"]
-    assert same["id"] == "k0" and same["edited"] == "mine"
-    assert call("save", tab="a", id="k0", version=1, edited="mine again") == {"saved": True}
-    assert (
-        call("save", tab="b", id="k0", version=1, edited="theirs")["conflict"] == "mine again"
-    )  # seen before it is replaced
-    assert done["k0"]["edited"] == "mine again"
-    assert call("save", tab="b", id="k0", version=2, edited="theirs") == {"saved": True}
-    assert call("undo", tab="b", id="k0")["row"]["edited"] == "theirs" and done["k0"] == {
-        "edited": None,
-        "error": "taken back by the editor",
-    }
-    assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k3"
-    table.leases["k2"] = ("a", time.monotonic() - edit_page.LEASE - 1)  # tab a was closed
-    assert call("next", tab="b", skipped=["k0", "k1"])["row"]["id"] == "k2"
-    row = call("row", tab="b", id="k5")["row"]
-    call("save", tab="b", id="k5", version=0, edited="two\nlines")
-    assert (
-        row["original"] == done["k5"]["edited"] == "two\r\nlines"
-    )  # a browser's line ends are no edit
-    call("save", tab="b", id="k5", version=1, edited="two\nmore")
-    table.rows["k4"]["original"] = "old\rMac"
-    call("save", tab="b", id="k4", version=0, edited="old\nMac")
-    assert done["k5"]["edited"] == "two\r\nmore" and done["k4"]["edited"] == "old\rMac"
-    call("finish", tab="b")
-    assert finished.is_set()
-
-
-def test_page_is_for_this_machine_and_token_only(desk):
-    url = desk[3]
-    with urllib.request.urlopen(url) as page:
-        text = page.read().decode()
-        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
-    assert (
-        not re.findall(r"(?:src|href)\s*=|https?://|@import", text) and "innerHTML" not in text
-    )  # nothing from outside; no markup
-    for path, host in (
-        ("", "evil.example"),
-        ("next", "evil.example:80"),
-        ("wrong", None),
-        ("wrong/next", None),
-        ("nothing", None),
-    ):
-        address = url.replace("secret/", path) if path.startswith("wrong") else url + path
-        request = urllib.request.Request(
-            address, b'{"tab": "a"}' if path else None, {"Host": host} if host else {}
-        )
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request)
-        assert error.value.code == 404, path
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(
-            url + "save", b'{"tab": "a", "id": "nobody", "version": 0, "edited": ""}'
-        )
-    assert error.value.code == 400
-
-
-def test_human_in_a_browser(monkeypatch):
-    """The page in Debian's chromium: keyboard, live diff, escaping, undo, two tabs, and a
-    restart"""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium")
-    import shutil
-
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver here")
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    rows = pairs(5, "teh <b>answer</b> {i} & its\nend \ud83d is wrong.")
-    rows[0]["instruction"] = "<script>document.title = 'hacked'</script> What is it?"
-    write(rows)
-    words, env = command(
-        "pref.jsonl",
-        "--out=edits.jsonl",
-        "--editor=human",
-        DISPLAY="",
-        WAYLAND_DISPLAY="",
-        PYTHONUNBUFFERED="1",
-    )
-
-    def start():
-        process = subprocess.Popen(
-            words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for line in process.stdout:
-            if "http://" in line:
-                return process, line.split()[-1]
-
-    process, url = start()
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1000,1100",
-    ):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
-    )
-
-    def until(words):
-        WebDriverWait(browser, 10).until(lambda _: on_page(words), words)
-
-    def on_page(words):  # asked of the page: chromedriver itself cannot carry half a surrogate
-        return browser.execute_script(
-            "return document.body.innerText.includes(arguments[0])", words
-        )
-
-    def press(*keys):
-        chain = webdriver.ActionChains(browser)
-        for key in keys[:-1]:
-            chain.key_down(key)
-        chain.send_keys(keys[-1])
-        for key in keys[:-1]:
-            chain.key_up(key)
-        chain.perform()
-
-    try:
-        browser.get(url)
-        until("0 of 5 done")
-        assert (
-            browser.title == "Minimal edits"
-            and "<script>" in browser.find_element(By.ID, "instruction").text
-        )
-        field = browser.find_element(By.ID, "field")
-        assert browser.execute_script(
-            "return arguments[0].value.startsWith('teh <b>answer</b> 0 & its\\nend')", field
-        )
-        browser.execute_script("arguments[0].setSelectionRange(0, 3)", field)
-        field.send_keys("the")
-        assert (
-            browser.find_element(By.CSS_SELECTOR, "#diff del").text == "teh"
-            and browser.find_element(By.CSS_SELECTOR, "#diff ins").text == "the"
-        )
-        assert re.fullmatch(r"[1-9]\d?% changed", browser.find_element(By.ID, "share").text)
-        if os.environ.get("SCREENSHOT"):
-            browser.save_screenshot(os.environ["SCREENSHOT"])
-        press(Keys.CONTROL, Keys.ENTER)
-        until("1 of 5 done")
-        press(Keys.ESCAPE)  # skip row 2
-        until("row 3")
-        browser.execute_script("window.open(arguments[0])", url)
-        browser.switch_to.window(browser.window_handles[1])
-        until("row 2")  # the other tab has row 3; row 2 is free again
-        press(Keys.CONTROL, Keys.ENTER)
-        until("2 of 5 done")
-        press(Keys.ALT, "z")  # take it back
-        until("1 of 5 done")
-        browser.switch_to.window(browser.window_handles[0])
-        press(Keys.CONTROL, Keys.ENTER)
-        until("2 of 5 done")
-        press(Keys.ALT, "b")
-        until("row 3")
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
-        assert process.returncode == 130 and "of 5 rows are left" in out
-        process, url = start()
-        browser.get(url)
-        with contextlib.suppress(Exception):
-            browser.switch_to.alert.accept()
-        until("2 of 5 done")  # it goes on where it stopped
-        for done in (3, 4, 5):
-            press(Keys.CONTROL, Keys.ENTER)
-            until(f"{done} of 5 done")
-        until("All rows are edited.")
-        browser.find_element(By.ID, "finish").click()
-        out, err = process.communicate(timeout=30)
-        assert process.returncode == 0, err
-    finally:
-        browser.quit()
-        process.kill()
-    out = read()
-    assert [row["instruction"] for row in out] == [row["instruction"] for row in rows]
-    assert out[0]["edited"] == out[0]["original"].replace("teh", "the") and all(
-        row["edited"] == row["original"] for row in out[1:]
-    )
-    assert {(row["editor"], row["model"], row["usage"]) for row in out} == {("human", None, None)}
 
 
 # ---------------------------------------- the same against a fuller stub, where there is one

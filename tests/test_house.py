@@ -3,6 +3,7 @@ tests/test_house.py"""
 
 import ast
 import json
+import math
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from conftest import PPO, RM, ROOT, SFT, SMALL, python
 from test_stages import same_metrics
 
 import common
-from plumbing import record
+from plumbing import files, record
 from plumbing.command_line import load_config
 
 
@@ -338,3 +339,63 @@ def test_the_last_token_wherever_the_response_begins():
         kl_coef=0.0,
     )
     assert shaped.tolist() == [[0, 5, 0, 0], [0, 0, 6, 0], [0, 0, 0, 7], [0, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------- every number has a range
+
+def checked_fields(path):
+    """The keywords of all check_numbers(...) calls in a file"""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_numbers":
+            found |= {keyword.arg for keyword in node.keywords}
+    return found
+
+
+def configs_of(path):
+    """Config class -> the names of its int and float fields"""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+            numbers = set()
+            for statement in node.body:
+                if isinstance(statement, ast.AnnAssign):
+                    kinds = {n.id for n in ast.walk(statement.annotation) if isinstance(n, ast.Name)}
+                    if kinds & {"int", "float"}:
+                        numbers.add(statement.target.id)
+            found[node.name] = numbers
+    return found
+
+
+@pytest.mark.parametrize("name", [
+    "sft.py", "edit.py", "diff.py", "reward_model.py", "ppo.py", "evaluate.py",
+    "data/toy/prepare.py", "data/alpacafarm/prepare.py", "data/paradetox/prepare.py",
+    "data/qa_feedback/prepare.py", "extras/report/show_diffs.py", "extras/report/show_rewards.py",
+    "extras/editors/stats.py", "extras/study/baselines.py", "extras/study/bag_of_tokens.py"])
+def test_every_number_has_a_range(name):
+    """A field that check_numbers does not name would accept nan, inf and what cannot be meant"""
+    checked = checked_fields(ROOT / name)
+    for config, numbers in configs_of(ROOT / name).items():
+        assert numbers <= checked, (name, config, numbers - checked)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    lr: float = 1.0
+    steps: int | None = None
+    max_grad_norm: float | None = 1.0
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(lr=math.nan), "--lr must be at least 0 and finite, got nan"),
+    (dict(lr=math.inf), "--lr must be at least 0 and finite, got inf"),
+    (dict(lr=-1e-9), "--lr must be at least 0"), (dict(steps=0), "--steps must be at least 1"),
+    (dict(max_grad_norm=0.0), "--max_grad_norm must be above 0 and finite, got 0.0"),
+    (dict(max_grad_norm=-1.0), "--max_grad_norm must be above 0")])
+def test_ranges(capsys, fields, said):
+    ranges = dict(lr=files.AT_LEAST_0, steps=files.COUNT, max_grad_norm=files.ABOVE_0)
+    files.check_numbers(Numbers(), **ranges)
+    files.check_numbers(Numbers(lr=0.0, steps=1, max_grad_norm=None), **ranges)
+    with pytest.raises(SystemExit) as end:
+        files.check_numbers(Numbers(**fields), **ranges)
+    assert end.value.code == 2 and said in capsys.readouterr().err

@@ -701,7 +701,7 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
         f"--model={world}/data/model",
         f"--data={world}/data/sft.jsonl",
         "--warmup=100",
-        saying=("--warmup is a share",),
+        saying=("--warmup must be at least 0 and at most 1",),
     )
     wrong = rows_of(world / "diffs.jsonl")
     wrong[1]["edited_ids"][0] = 100_000

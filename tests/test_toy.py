@@ -509,8 +509,8 @@ def test_again_refused_overwritten(toy, tmp_path):
     [
         ("--vocab_size=300", "--vocab_size=300 does not fit"),
         ("--vocab_size=5000", "Please set it to a value"),
-        ("--eval_rows=0", "1 or more"),
-        ("--prompt_rows=0", "1 or more"),
+        ("--eval_rows=0", "--eval_rows must be at least 1"),
+        ("--prompt_rows=0", "--prompt_rows must be at least 1"),
         ("--eval_rows=1200", "1296 prompts"),
         ("--flaws=0", "--flaws must be above 0"),
         ("--hidden_size=30", "--heads=4"),

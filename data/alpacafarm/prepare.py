@@ -68,7 +68,7 @@ def load_rows(path, fields):
 
     fields: name -> type, or None for any value. An input of null becomes "". """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         fail(f"{path}: not JSON ({error})")
     if not isinstance(rows, list) or not rows:

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from plumbing.command_line import load_config
-from plumbing.files import write_jsonl
+from plumbing.files import ANY, COUNT, check_numbers, write_jsonl
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
 
@@ -59,6 +59,7 @@ def human_edit(id, instruction, original, edited, input=""):
 
 
 def main(cfg):
+    check_numbers(cfg, test=COUNT, seed=ANY)
     header, *lines = fetch(cfg.source).removesuffix("\n").split("\n")
     if header.rstrip("\r").split("\t")[:2] != ["toxic", "neutral1"]:
         fail(f"--source={cfg.source}: the first line must name the columns toxic, neutral1, ..., "

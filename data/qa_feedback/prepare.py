@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from plumbing.command_line import load_config
-from plumbing.files import write_jsonl
+from plumbing.files import ANY, COUNT, check_numbers, write_jsonl
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
 from data.paradetox.prepare import fetch, human_edit, source_files
@@ -66,6 +66,7 @@ def convert(number, row, words):
 
 
 def main(cfg):
+    check_numbers(cfg, words=COUNT, seed=ANY)
     try:
         questions = json.loads(fetch(cfg.source))
         converted = [convert(number, row, cfg.words) for number, row in enumerate(questions)]

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import PROMPT
 from plumbing.command_line import load_config
-from plumbing.files import write_jsonl
+from plumbing.files import ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_numbers, write_jsonl
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
 
@@ -307,18 +307,15 @@ def all_prompts():
 
 def check_sizes(cfg, prompt_count):
     """One line for a user's impossible numbers, before anything is written"""
+    check_numbers(cfg, sft_rows=COUNT, pref_rows=COUNT, heldout_rows=COUNT, prompt_rows=COUNT,
+                  val_rows=COUNT, eval_rows=COUNT, label_noise=SHARE, flaws=ABOVE_0,
+                  reference_flaws=AT_LEAST_0, vocab_size=COUNT, hidden_size=COUNT, layers=COUNT,
+                  heads=COUNT, seed=ANY)
     prompt_rows = 1 if cfg.prompt_rows is None else cfg.prompt_rows
     used = cfg.eval_rows + cfg.val_rows + prompt_rows
-    drawn = (cfg.sft_rows, cfg.pref_rows, cfg.heldout_rows)
-    if min(*drawn, prompt_rows, cfg.val_rows, cfg.eval_rows) < 1:
-        fail("sft_rows, pref_rows, heldout_rows, prompt_rows, val_rows and eval_rows must be "
-             "1 or more each")
     if used > prompt_count:
         fail(f"eval_rows + val_rows + prompt_rows = {used}, "
              f"but the toy world has only {prompt_count} prompts")
-    if cfg.flaws <= 0:
-        fail(f"--flaws must be above 0, got {cfg.flaws}: "
-             "if no answer has a flaw, there is nothing to prefer")
     if cfg.hidden_size % (2 * cfg.heads):
         fail(f"--hidden_size={cfg.hidden_size} must be an even multiple of --heads={cfg.heads}")
 

@@ -12,8 +12,8 @@ from common import load_tokenizer, token_texts
 from extras.editors.desk import edits_of
 from extras.report.show_diffs import draw
 from plumbing.command_line import load_config
-from plumbing.files import check_input, read_jsonl
-from plumbing.paint import plain
+from plumbing.files import ABOVE_0, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl
+from plumbing.paint import in_colour, plain
 from plumbing.ranks import say
 
 
@@ -62,13 +62,13 @@ def words_of(text):
     return re.findall(r"\s*\S+|\s+$", text) + [""]
 
 
-def align_row(row, tokenizer, **limits):
+def align_row(row, tokenizer, *, gaps=False, **limits):
     """-> (original, edited, original_changed, edited_changed), and what diff.py's gate says of it.
 
     The first two are ids; without a tokenizer they are words. Masks of a pair that is too long are
     None. limits: max_tokens, max_changed"""
     if tokenizer:
-        pair, why = diff.diff_row(row, tokenizer, **limits)
+        pair, why = diff.diff_row(row, tokenizer, gaps=gaps, **limits)
         names = ("original_ids", "edited_ids", "original_changed", "edited_changed")
         return tuple(pair.get(name) for name in names), why
     original = words_of(row["original"])
@@ -76,7 +76,7 @@ def align_row(row, tokenizer, **limits):
     why = diff.gate(original, edited, max_tokens=limits["max_tokens"])
     if why == "too long":
         return (original, edited, None, None), why
-    masks = diff.align(original, edited)
+    masks = diff.align(original, edited, gaps=gaps)
     return (original, edited, *masks), diff.gate(original, edited, *masks, **limits)
 
 
@@ -217,9 +217,10 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed,
         pairs.append((share, row, pair))
         longer.append(len(edited) - len(original))
     show_gate(len(rows), verdicts, failed)
-    show_people(rows)
+    by_people = [row for row in rows if row.get("editor") == "human"]
+    show_people(by_people)
     limits = dict(max_tokens=max_tokens, max_changed=max_changed)
-    show_agreement(rows, tokenizer, limits)
+    show_agreement(by_people, tokenizer, limits)
     if not pairs:
         return
 
@@ -243,11 +244,12 @@ def show_stats(rows, tokenizer_path, *, max_changed=Config.max_changed,
             edited = token_texts(tokenizer, edited)
         id = plain(str(row.get("id", "")))
         say(f"\n{id}  {plain(row['instruction'])[:90]}  ({share:.0%} changed)")
-        say(draw(original, original_changed, edited, edited_changed, color=sys.stdout.isatty()))
+        say(draw(original, original_changed, edited, edited_changed, color=in_colour()))
 
 
 def main(argv):
     cfg = load_config(Config, "edit.stats", argv)
+    check_numbers(cfg, max_changed=(ABOVE_0[0], 1), max_tokens=COUNT, n=AT_LEAST_0)
     check_input(cfg.data, "data", "python edit.py")
     rows = read_jsonl(cfg.data, diff.EDIT_FIELDS)
     show_stats(rows, cfg.tokenizer, max_changed=cfg.max_changed, max_tokens=cfg.max_tokens, n=cfg.n)

@@ -24,7 +24,7 @@ import torch
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           LlamaConfig)
 
-from plumbing.files import check_numbers
+from plumbing.files import ABOVE_0, COUNT, check_numbers
 from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, say
 
@@ -229,8 +229,9 @@ def show_plan(cfg):
     """Print the plan (rank 0)"""
     if RANK > 0:
         return
-    check_numbers(cfg, "rollout_batch", "rollout_micro_batch", "score_micro_batch", "batch",
-                  "micro_batch", "response_len")
+    check_numbers(cfg, rollout_batch=COUNT, rollout_micro_batch=COUNT, score_micro_batch=COUNT,
+                  batch=COUNT, micro_batch=COUNT, query_len=COUNT, response_len=COUNT,
+                  gpu_gb=ABOVE_0)
     policy, value = models_of(cfg)
     # Sharded inside a machine, replicated across machines.
     ranks = min(WORLD, int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)))

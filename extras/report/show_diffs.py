@@ -3,7 +3,6 @@
     python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5   # [-removed-] {+added+}
     python diff.py show out/edits.jsonl --html=out/diffs.html       # the same as a page
 """
-import sys
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
@@ -14,7 +13,7 @@ from extras.pages import question_html, safe, write_show_page
 from plumbing.command_line import load_config
 from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.models import check_model
-from plumbing.paint import plain
+from plumbing.paint import in_colour, plain
 from plumbing.ranks import say
 
 
@@ -168,7 +167,7 @@ def show_pairs(cfg):
 
 def print_pairs(pairs):
     width = get_terminal_size().columns
-    color = sys.stdout.isatty()
+    color = in_colour()
     for row, (title, (*sides, blamed)) in pairs:
         print(f"\n{plain(title)}  {plain(row['instruction'])}")
         print(draw(*sides, blamed=blamed, width=width, color=color))

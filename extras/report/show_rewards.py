@@ -13,7 +13,7 @@ from common import (encode_prompt, encode_response, load_model, load_tokenizer, 
 from diff import align
 from extras.pages import heat, question_html, safe, write_show_page
 from plumbing.command_line import load_config
-from plumbing.files import check_input, check_numbers, read_jsonl
+from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.models import check_fits, check_model
 from plumbing.paint import paint, plain
 from plumbing.ranks import fail
@@ -91,12 +91,12 @@ def show_answers(cfg):
     check_model(cfg.model, "model", "python reward_model.py")
     check_fits(cfg.model, "model", 0, head="saved")
     level = reward_level(cfg.model)
-    check_numbers(cfg, "n")
+    check_numbers(cfg, n=COUNT, seed=ANY)
     if not cfg.data:
         fail("show needs one or two files of answers")
     for path in cfg.data:
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
-    files = [read_jsonl(path, {"instruction": str}) for path in cfg.data]
+    files = [read_jsonl(path, {"instruction": str, "input": (str, type(None))}) for path in cfg.data]
     for path, file in zip(cfg.data, files):
         if not any(isinstance(file[0].get(name), str) for name in NAMES):
             fail(f"{path} holds no answers to show: its rows need output, or original and edited")

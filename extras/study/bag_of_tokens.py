@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import encode_response, load_tokenizer
 from plumbing.command_line import load_config
-from plumbing.files import check_input, read_jsonl, write_jsonl
+from plumbing.files import AT_LEAST_0, check_input, check_numbers, read_jsonl, write_jsonl
 from plumbing.ranks import fail, say
 
 
@@ -82,6 +82,7 @@ def fit(differences, l2):
 
 
 def main(cfg):
+    check_numbers(cfg, l2=AT_LEAST_0)
     for flag in ("train", "data", "tokenizer"):
         check_input(getattr(cfg, flag), flag, "python data/toy/prepare.py (edits: python edit.py)")
     train = read_answer_pairs(cfg.train)

@@ -31,7 +31,7 @@ from diff import EDIT_FIELDS, align
 from evaluate import mean_and_error
 from extras.report.rewards import auroc, token_auroc
 from plumbing.command_line import load_config
-from plumbing.files import check_input, read_jsonl, write_jsonl
+from plumbing.files import ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl, write_jsonl
 from plumbing.ranks import fail, say
 
 
@@ -161,6 +161,7 @@ def agreement(edits):
 
 
 def main(cfg):
+    check_numbers(cfg, limit=AT_LEAST_0, resamples=COUNT, seed=ANY)
     for flag in ("train", "data", "tokenizer"):
         check_input(getattr(cfg, flag), flag, "data/*/prepare.py (tokenizer: python sft.py)")
     tokenizer = load_tokenizer(cfg.tokenizer)
