@@ -1,6 +1,7 @@
-"""The embedded world: pytest tests/test_toy.py"""
-
+"""The toy world: pytest tests/test_toy.py"""
 import difflib, random, re, shutil, subprocess, sys
+from collections import Counter
+from itertools import product
 
 import pytest
 import sentencepiece
@@ -9,48 +10,23 @@ from conftest import ROOT, rows_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import decode_response, encode_prompt, encode_response, PROMPT
-from plumbing.files import write_jsonl
-from data.toy.prepare import (
-    CATEGORIES,
-    CLOSING,
-    HARMLESS,
-    ITEMS,
-    NUMBERS,
-    OCCASIONS,
-    RUDE,
-    VERBS,
-    Config,
-    gold,
-    main,
-    mend,
-    write_answer,
-    write_pairs,
-)
-from plumbing.command_line import load_config
+from data.toy.prepare import (CATEGORIES, CLOSING, HARMLESS, ITEMS, NUMBERS, OCCASIONS, RUDE, VERBS,
+                              Config, gold, main, mend, write_answer, write_pairs)
 from extras.study.bag_of_tokens import count_differences, fit
+from plumbing.command_line import load_config
+from plumbing.files import write_jsonl
 
-FILES = [
-    "sft.jsonl",
-    "pref.jsonl",
-    "pref_heldout.jsonl",
-    "prompts.jsonl",
-    "val.jsonl",
-    "eval.jsonl",
-]
+FILES = ["sft.jsonl", "pref.jsonl", "pref_heldout.jsonl", "prompts.jsonl", "val.jsonl",
+         "eval.jsonl"]
 LINES = sorted(ITEMS) + RUDE + HARMLESS + [CLOSING]
-PROMPTS = [
-    dict(instruction=f"{verb} {number} {category}{occasion}.", input="")
-    for verb in VERBS
-    for number in NUMBERS
-    for category in CATEGORIES
-    for occasion in OCCASIONS
-]
+PROMPTS = [dict(instruction=f"{verb} {number} {category}{occasion}.", input="")
+           for verb, number, category, occasion in product(VERBS, NUMBERS, CATEGORIES, OCCASIONS)]
 ROW = {"instruction": "List three fruits.", "input": ""}
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """The world as it is by default"""
+    """The toy world with its default settings"""
     out = tmp_path_factory.mktemp("toy")
     run("data/toy/prepare.py", f"--out={out}")
     return out
@@ -61,57 +37,35 @@ def tokenizer(toy):
     return AutoTokenizer.from_pretrained(toy / "model")
 
 
-# ---------------------------------------------------------------- the tokenizer
+def asked_for(row):
+    """-> the number and the category of an instruction, read in a way of the test's own"""
+    for number, category in product(NUMBERS, CATEGORIES):
+        if f" {number} {category}" in row["instruction"]:
+            return NUMBERS[number], category
 
+
+# ---------------------------------------------------------------- the tokenizer
 
 def test_ids_are_sentencepieces(toy, tokenizer):
     model = sentencepiece.SentencePieceProcessor(model_file=str(toy / "model" / "tokenizer.model"))
-    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == [
-        model.bos_id(),
-        model.eos_id(),
-        model.unk_id(),
-    ]
-    assert [model.id_to_piece(i) for i in range(len(model))] == tokenizer.convert_ids_to_tokens(
-        range(len(tokenizer))
-    )
-    rng, parts = (
-        random.Random(0),
-        [
-            *LINES,
-            *VERBS,
-            *OCCASIONS,
-            PROMPT,
-            "\n",
-            " ",
-            "  ",
-            "\t",
-            "\r\n",
-            "é",
-            "日本",
-            "🎉",
-            "</s>",
-            "<0x0A>",
-            "x",
-        ],
-    )
-    texts = [
-        "",
-        "  two",
-        " ",
-        "://x",
-        "\n\n1.",
-        " The",
-        "The",
-        "a  b ",
-        "<s></s><unk>",
-        "e\u0301 \u00a0\u200b",
-        "ﬁ ½",
-    ]
-    texts += ["".join(rng.choices(parts, k=rng.randrange(1, 8))) for _ in range(2000)]
-    texts += [
-        "".join(map(chr, rng.choices(range(1, 0xD800), k=6))).replace("\u2581", "")
-        for _ in range(500)
-    ]
+    assert tokenizer.bos_token_id == model.bos_id()
+    assert tokenizer.eos_token_id == model.eos_id()
+    assert tokenizer.unk_token_id == model.unk_id()
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    assert pieces == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    # Difficult texts, mixtures of the world's lines, and random characters.
+    rng = random.Random(0)
+    parts = [*LINES, *VERBS, *OCCASIONS, PROMPT, "\n", " ", "  ", "\t", "\r\n", "é", "日本", "🎉",
+             "</s>", "<0x0A>", "x"]
+    texts = ["", "  two", " ", "://x", "\n\n1.", " The", "The", "a  b ", "<s></s><unk>",
+             "e\u0301 \u00a0\u200b", "ﬁ ½"]
+    for _ in range(2000):
+        texts.append("".join(rng.choices(parts, k=rng.randrange(1, 8))))
+    for _ in range(500):
+        text = "".join(map(chr, rng.choices(range(1, 0xD800), k=6)))
+        texts.append(text.replace("\u2581", ""))
+
     for text in texts:
         ids = encode_response(tokenizer, text, eos=False)
         assert ids == model.encode(text), text
@@ -123,90 +77,86 @@ def test_few_tokens_and_none_across_lines(tokenizer):
         assert len(encode_response(tokenizer, line, eos=False)) == 1, line
     lengths = {len(encode_prompt(tokenizer, row)) for row in PROMPTS}
     assert lengths == {8, 9}  # bos, template 3, verb, number, category, occasion or none, "."
+
     rng = random.Random(0)
     newline = encode_response(tokenizer, "\n", eos=False)
     for _ in range(500):
         lines = rng.choices(LINES, k=6)
-        alone = [encode_response(tokenizer, line, eos=False) for line in lines]
-        assert (
-            encode_response(tokenizer, "\n".join(lines), eos=False)
-            == sum(([*newline, *ids] for ids in alone), [])[1:]
-        )
+        expected = []
+        for line in lines:
+            expected += newline + encode_response(tokenizer, line, eos=False)
+        ids = encode_response(tokenizer, "\n".join(lines), eos=False)
+        assert ids == expected[1:]
 
 
 def test_model_is_tiny_and_has_no_weights(toy, tokenizer):
-    assert not list((toy / "model").glob("*.safetensors*")) and not list(
-        (toy / "model").glob("*.bin")
-    )
+    assert not list((toy / "model").glob("*.safetensors*"))
+    assert not list((toy / "model").glob("*.bin"))
     config = AutoConfig.from_pretrained(toy / "model")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) <= 1_000_000
-    assert config.vocab_size == len(tokenizer) and (
-        config.initializer_range,
-        config.tie_word_embeddings,
-    ) == (0.08, False)
+    assert config.vocab_size == len(tokenizer)
+    assert config.initializer_range == 0.08
+    assert config.tie_word_embeddings is False
 
 
 # ---------------------------------------------------------------- gold and mend
 
-
-@pytest.mark.parametrize(
-    "flaws, answer",
-    [
-        (0, "apple\npear\nplum\nEnjoy!"),
-        (0, "apple\nA classic!\napple\nplum\nEnjoy!"),  # a harmless aside, an item said twice
-        (1, "apple\nhorse\nplum\nEnjoy!"),
-        (1, "apple\npear\nWhat a dumb question!\nplum\nEnjoy!"),
-        (1, "apple\npear\nEnjoy!"),
-        (1, "apple\npear\nplum"),
-        (1, "apple\npear\nplum\nmango\nEnjoy!"),
-        (1, "apple\npear\nplum\nEnjoy!\nEnjoy!"),
-        (1, "apple\npear\nEnjoy!\nplum"),
-        (2, "apple\npear\nplum\nEnjoy!\n"),
-        (2, "horse\ntiger\nplum\nEnjoy!"),
-        (4, ""),
-        (6, "\n"),
-        (5, "no"),
-        (2, "apple\nPEAR\nplum\nEnjoy!"),
-        (3, "apple\n\ud800\nplum\nmango\nEnjoy"),
-        (5, "apple, pear, plum. Enjoy!"),
-    ],
-)
+@pytest.mark.parametrize("flaws, answer", [
+    (0, "apple\npear\nplum\nEnjoy!"),
+    (0, "apple\nA classic!\napple\nplum\nEnjoy!"),  # a harmless aside and a repeated item
+    (1, "apple\nhorse\nplum\nEnjoy!"),
+    (1, "apple\npear\nWhat a dumb question!\nplum\nEnjoy!"),
+    (1, "apple\npear\nEnjoy!"),
+    (1, "apple\npear\nplum"),
+    (1, "apple\npear\nplum\nmango\nEnjoy!"),
+    (1, "apple\npear\nplum\nEnjoy!\nEnjoy!"),
+    (1, "apple\npear\nEnjoy!\nplum"),
+    (2, "apple\npear\nplum\nEnjoy!\n"),
+    (2, "horse\ntiger\nplum\nEnjoy!"),
+    (4, ""),
+    (6, "\n"),
+    (5, "no"),
+    (2, "apple\nPEAR\nplum\nEnjoy!"),
+    (3, "apple\n\ud800\nplum\nmango\nEnjoy"),
+    (5, "apple, pear, plum. Enjoy!"),
+])
 def test_gold_by_hand(flaws, answer):
     assert gold(ROW, answer) == flaws
 
 
 def test_gold_reads_the_prompt():
     answer = "apple\npear\nplum\nEnjoy!"
-    assert [
-        gold({"instruction": f"Name {words} for a quiz."}, answer)
-        for words in ("three fruits", "four fruits", "three animals", "five tools")
-    ] == [0, 1, 3, 5]
+    flaws = {"three fruits": 0, "four fruits": 1, "three animals": 3, "five tools": 5}
+    for words, count in flaws.items():
+        assert gold({"instruction": f"Name {words} for a quiz."}, answer) == count, words
     with pytest.raises(SystemExit):
         gold({"instruction": "Who wrote Hamlet?"}, answer)
 
 
 def test_gold_counts_planted_flaws():
-    """An answer without flaws, and a number of flaws of different kinds planted in it one after the
-    other"""
+    """Flaws of different kinds are planted in an answer without flaws; gold finds as many"""
     rng = random.Random(0)
     for _ in range(2000):
         row = rng.choice(PROMPTS)
-        number, category = next(
-            (NUMBERS[n], c)
-            for n in NUMBERS
-            for c in CATEGORIES
-            if f" {n} {c}" in row["instruction"]
-        )
+        number, category = asked_for(row)
         lines = [*rng.sample(CATEGORIES[category], number), CLOSING]
-        others, planted = sorted(ITEMS - set(CATEGORIES[category])), 0
+        others = sorted(ITEMS - set(CATEGORIES[category]))
+        planted = 0
+
+        # Items of another category.
         for at in rng.sample(range(number), rng.randrange(number + 1)):
-            lines[at], planted = rng.choice(others), planted + 1
+            lines[at] = rng.choice(others)
+            planted += 1
+
+        # Harmless asides, which do not count, and odd lines, which do.
         for _ in range(rng.randrange(3)):
             lines.insert(rng.randrange(len(lines)), rng.choice(HARMLESS))
             lines.insert(rng.randrange(len(lines)), rng.choice([*RUDE, "x", "Apple", ""]))
             planted += 1
+
+        # One item too many; no closing, or two.
         if rng.random() < 0.3:
             lines.insert(0, rng.choice(CATEGORIES[category]))
             planted += 1
@@ -220,331 +170,296 @@ def test_gold_counts_planted_flaws():
 
 
 def answers(count):
-    """The world's own flawed answers, worse ones, and rubbish"""
-    rng, rubbish = (
-        random.Random(1),
-        [*LINES, CLOSING, CLOSING, "", " apple", "apple ", "Enjoy", "\r", "x\ty", "日本"],
-    )
+    """-> (row, answer), `count` times: every third answer is rubbish, the others are the toy
+    world's own flawed answers and worse ones"""
+    rng = random.Random(1)
+    rubbish = [*LINES, CLOSING, CLOSING, "", " apple", "apple ", "Enjoy", "\r", "x\ty", "日本"]
     for k in range(count):
         row = rng.choice(PROMPTS)
-        yield (
-            row,
-            (
-                "\n".join(rng.choices(rubbish, k=rng.randrange(12)))
-                if k % 3 == 0
-                else write_answer(row, rng.choice([0.35, 0.6, 1.0, 2.0]), rng)
-            ),
-        )
+        if k % 3 == 0:
+            yield row, "\n".join(rng.choices(rubbish, k=rng.randrange(12)))
+        else:
+            yield row, write_answer(row, rng.choice([0.35, 0.6, 1.0, 2.0]), rng)
+
+
+def changes_between(one, two):
+    """The edit operations that turn one list of lines into another"""
+    matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
+    return [change for change in matcher.get_opcodes() if change[0] != "equal"]
+
+
+def harmless_asides(answer):
+    return [line for line in answer.split("\n") if line in HARMLESS]
 
 
 def test_mend_leaves_no_flaw_and_nothing_else_changes():
     for k, (row, answer) in enumerate(answers(6000)):
+        flaws = gold(row, answer)
         mended = mend(row, answer, random.Random(k), p=1)
         assert gold(row, mended) == 0, (row, answer, mended)
-        assert gold(row, answer) or mended == answer
+        if flaws == 0:
+            assert mended == answer
+        assert harmless_asides(mended) == harmless_asides(answer)
+
         assert mend(row, answer, random.Random(k), p=0) == answer
-        assert gold(row, mend(row, answer, random.Random(k), p=0.5)) <= gold(row, answer)
-        kept = [line for line in answer.split("\n") if line in HARMLESS]
-        assert [line for line in mended.split("\n") if line in HARMLESS] == kept
-        if (
-            k % 3
-            # the world's own flaws (nothing follows a closing): one line touched for each at most
-        ):
-            changes = difflib.SequenceMatcher(
-                None, answer.split("\n"), mended.split("\n"), autojunk=False
-            ).get_opcodes()
-            touched = sum(max(b - a, d - c) for kind, a, b, c, d in changes if kind != "equal")
-            assert touched <= gold(row, answer), (row, answer, mended)
+        assert gold(row, mend(row, answer, random.Random(k), p=0.5)) <= flaws
+
+        # In the world's own answers nothing follows a closing: at most one line per flaw changes.
+        if k % 3:
+            touched = 0
+            for _, a, b, c, d in changes_between(answer.split("\n"), mended.split("\n")):
+                touched += max(b - a, d - c)
+            assert touched <= flaws, (row, answer, mended)
 
 
-@pytest.mark.parametrize(
-    "answer, pattern",
-    [
-        ("apple\nhorse\nmelon\nEnjoy!", r"apple\n(\w+)\nmelon\nEnjoy!"),  # substitution
-        (
-            "apple\npear\nAsk somebody else!\nMy favourite!\nplum\nEnjoy!",
-            r"apple\npear\nMy favourite!\nplum\nEnjoy!",
-        ),  # deletion
-        ("apple\nA classic!\nEnjoy!", r"apple\n(\w+)\n(\w+)\nA classic!\nEnjoy!"),
-        ("apple\npear\nplum", r"apple\npear\nplum\nEnjoy!"),
-        (
-            "apple\nred\npear\nplum\nEnjoy!",
-            r"apple\npear\nplum\nEnjoy!",
-        ),  # one too many, and wrong: one deletion mends both
-        ("apple\nEnjoy!\npear\nplum\nEnjoy!", r"apple\npear\nplum\nEnjoy!"),
-    ],
-)
+@pytest.mark.parametrize("answer, pattern", [
+    # A substitution; a deletion; two insertions; a closing inserted.
+    ("apple\nhorse\nmelon\nEnjoy!", r"apple\n(\w+)\nmelon\nEnjoy!"),
+    ("apple\npear\nAsk somebody else!\nMy favourite!\nplum\nEnjoy!",
+     r"apple\npear\nMy favourite!\nplum\nEnjoy!"),
+    ("apple\nA classic!\nEnjoy!", r"apple\n(\w+)\n(\w+)\nA classic!\nEnjoy!"),
+    ("apple\npear\nplum", r"apple\npear\nplum\nEnjoy!"),
+    # One item too many, and one wrong: a single deletion fixes both. A closing too early.
+    ("apple\nred\npear\nplum\nEnjoy!", r"apple\npear\nplum\nEnjoy!"),
+    ("apple\nEnjoy!\npear\nplum\nEnjoy!", r"apple\npear\nplum\nEnjoy!"),
+])
 def test_each_kind_of_edit(answer, pattern):
     for seed in range(20):
         match = re.fullmatch(pattern, mend(ROW, answer, random.Random(seed), p=1))
-        assert match and all(
-            item in CATEGORIES["fruits"] and item not in answer for item in match.groups()
-        )
+        assert match
+        for item in match.groups():
+            assert item in CATEGORIES["fruits"] and item not in answer
 
 
-def test_mend_does_it_with_probability_p():
-    for answer in (
-        "apple\nhorse\nplum\nEnjoy!",
-        "apple\npear\nRUDE\nplum\nEnjoy!",
-        "apple\npear\nEnjoy!",
-        "apple\npear\nplum",
-    ):
-        left = sum(gold(ROW, mend(ROW, answer, random.Random(k), p=0.9)) for k in range(4000))
-        assert abs(left / 4000 - 0.1) < 0.02, answer  # 4 standard errors
+@pytest.mark.parametrize("answer", [
+    "apple\nhorse\nplum\nEnjoy!", "apple\npear\nRUDE\nplum\nEnjoy!", "apple\npear\nEnjoy!",
+    "apple\npear\nplum"])
+def test_mend_fixes_with_probability_p(answer):
+    left = sum(gold(ROW, mend(ROW, answer, random.Random(k), p=0.9)) for k in range(4000))
+    assert abs(left / 4000 - 0.1) < 0.02  # 4 standard errors
 
 
 # ---------------------------------------------------------------- the rows
 
-
 def test_rows(toy):
     files = {name: rows_of(toy / name) for name in FILES}
-    assert {name: len(rows) for name, rows in files.items()} == dict(
-        zip(FILES, (8000, 800, 1000, 852, 144, 300))
-    )
-    pair = {"instruction", "input", "output_1", "output_2", "preference"}
-    reference = {"instruction", "input", "output", "generator", "dataset"}
-    for name, fields in zip(
-        FILES,
-        (
-            {"instruction", "input", "output"},
-            pair,
-            pair,
-            {"instruction", "input"},
-            reference,
-            reference,
-        ),
-    ):
-        assert all(set(row) == fields for row in files[name]), name  # no row holds the truth
+    counts = [len(files[name]) for name in FILES]
+    assert counts == [8000, 800, 1000, 852, 144, 300]
+
+    # No row contains the truth.
+    prompt = {"instruction", "input"}
+    pair = prompt | {"output_1", "output_2", "preference"}
+    reference = prompt | {"output", "generator", "dataset"}
+    fields = [prompt | {"output"}, pair, pair, prompt, reference, reference]
+    for name, expected in zip(FILES, fields):
+        assert all(set(row) == expected for row in files[name]), name
+
+    # No prompt of the evaluation is trained on.
     asked = {name: {row["instruction"] for row in rows} for name, rows in files.items()}
-    assert (
-        asked["sft.jsonl"] | asked["pref.jsonl"] <= asked["prompts.jsonl"]
-        and asked["pref_heldout.jsonl"] <= asked["eval.jsonl"]
-    )
-    assert (
-        not asked["prompts.jsonl"] & (asked["val.jsonl"] | asked["eval.jsonl"])
-        and not asked["val.jsonl"] & asked["eval.jsonl"]
-    )
-    mean = {
-        name: sum(gold(row, row["output"]) for row in files[name]) / len(files[name])
-        for name in ("sft.jsonl", "eval.jsonl")
+    assert asked["sft.jsonl"] <= asked["prompts.jsonl"]
+    assert asked["pref.jsonl"] <= asked["prompts.jsonl"]
+    assert asked["pref_heldout.jsonl"] <= asked["eval.jsonl"]
+    assert not asked["prompts.jsonl"] & asked["val.jsonl"]
+    assert not asked["prompts.jsonl"] & asked["eval.jsonl"]
+    assert not asked["val.jsonl"] & asked["eval.jsonl"]
+
+    # The references are better than the demonstrations.
+    def mean_flaws(name):
+        return sum(gold(row, row["output"]) for row in files[name]) / len(files[name])
+    assert 1.5 < mean_flaws("sft.jsonl") < 2.2
+    assert 0.6 < mean_flaws("eval.jsonl") < 1.1
+
+
+def kinds_of(row, seed):
+    """The kinds of flaws in a demonstration, and the kinds of edits that fix it"""
+    number, category = asked_for(row)
+    lines = row["output"].split("\n")
+    items = [line for line in lines if line in ITEMS]
+    found = {
+        "wrong": any(item not in CATEGORIES[category] for item in items),
+        "rude": any(line in RUDE for line in lines),
+        "missing": len(items) < number,
+        "extra": len(items) > number,
+        "no closing": CLOSING not in lines,
+        "two closings": lines.count(CLOSING) == 2,
+        "harmless": any(line in HARMLESS for line in lines),
+        "none": gold(row, row["output"]) == 0,
     }
-    assert (
-        1.5 < mean["sft.jsonl"] < 2.2 and 0.6 < mean["eval.jsonl"] < 1.1
-    )  # the reference is better than what is imitated
+    mended = mend(row, row["output"], random.Random(seed)).split("\n")
+    edits = {change[0] for change in changes_between(lines, mended)}
+    return {kind for kind, is_there in found.items() if is_there} | edits
 
 
 def test_every_kind_of_flaw_and_edit_occurs(toy):
-    kinds = dict.fromkeys(
-        (
-            "wrong",
-            "rude",
-            "missing",
-            "extra",
-            "no closing",
-            "two closings",
-            "harmless",
-            "none",
-            "replace",
-            "delete",
-            "insert",
-        ),
-        0,
-    )
     rows = rows_of(toy / "sft.jsonl")
+    kinds = Counter()
     for k, row in enumerate(rows):
-        answer, lines = row["output"], row["output"].split("\n")
-        number, category = next(
-            (NUMBERS[n], c)
-            for n in NUMBERS
-            for c in CATEGORIES
-            if f" {n} {c}" in row["instruction"]
-        )
-        items = [line for line in lines if line in ITEMS]
-        kinds["wrong"] += any(item not in CATEGORIES[category] for item in items)
-        kinds["rude"] += any(line in RUDE for line in lines)
-        kinds["missing"] += len(items) < number
-        kinds["extra"] += len(items) > number
-        kinds["no closing"] += CLOSING not in lines
-        kinds["two closings"] += lines.count(CLOSING) == 2
-        kinds["harmless"] += any(line in HARMLESS for line in lines)
-        kinds["none"] += gold(row, answer) == 0
-        for kind in {
-            c[0]
-            for c in difflib.SequenceMatcher(
-                None, lines, mend(row, answer, random.Random(k)).split("\n")
-            ).get_opcodes()
-        }:
-            kinds[kind] = kinds.get(kind, 0) + 1
-    shares = {kind: count / len(rows) for kind, count in kinds.items()}
-    assert all(share > 0.03 for share in shares.values()), shares
-    assert 0.6 < shares["wrong"] < 0.85 and shares["none"] < 0.25, shares
+        kinds.update(kinds_of(row, k))
+    for kind in ("wrong", "rude", "missing", "extra", "no closing", "two closings", "harmless",
+                 "none", "replace", "delete", "insert"):
+        assert kinds[kind] / len(rows) > 0.03, (kind, kinds)
+    assert 0.6 < kinds["wrong"] / len(rows) < 0.85
+    assert kinds["none"] / len(rows) < 0.25
+
+
+def wrong_labels(rows):
+    """-> the share of wrong labels among the pairs that are not draws, the number of draws"""
+    wrong = 0
+    draws = 0
+    for row in rows:
+        flaws_1 = gold(row, row["output_1"])
+        flaws_2 = gold(row, row["output_2"])
+        if flaws_1 == flaws_2:
+            draws += 1
+        elif (flaws_1 < flaws_2) == (row["preference"] == 2):
+            wrong += 1
+    return wrong / (len(rows) - draws), draws
 
 
 def test_a_quarter_of_the_labels_is_wrong(toy):
-    def wrong(rows):  # share of the pairs that are no draws, and the draws
-        flaws = [
-            (gold(row, row["output_1"]), gold(row, row["output_2"]), row["preference"])
-            for row in rows
-        ]
-        clear = [(one < two) == (preference == 2) for one, two, preference in flaws if one != two]
-        return sum(clear) / len(clear), len(flaws) - len(clear)
-
-    share, draws = wrong(
-        write_pairs(PROMPTS, 10000, Config(), random.Random(0), noise=0.25, draws=True)
-    )
+    rows = write_pairs(PROMPTS, 10000, Config(), random.Random(0), noise=0.25, draws=True)
+    share, draws = wrong_labels(rows)
     assert abs(share - 0.25) < 0.02 and draws > 1000
-    share, draws = wrong(rows_of(toy / "pref.jsonl"))
+    share, draws = wrong_labels(rows_of(toy / "pref.jsonl"))
     assert abs(share - 0.25) < 0.075 and draws > 80
-    assert wrong(rows_of(toy / "pref_heldout.jsonl")) == (0, 0)
+    assert wrong_labels(rows_of(toy / "pref_heldout.jsonl")) == (0, 0)
 
 
 # ---------------------------------------------------------------- what a reward needs to know
 
+def better_and_worse(row):
+    if row["preference"] == 1:
+        return row["output_1"], row["output_2"]
+    return row["output_2"], row["output_1"]
+
+
+def only_right_and_wrong(row, answer):
+    """Every item becomes "apple" if it is right for the row's prompt, else "horse" """
+    _, category = asked_for(row)
+    lines = []
+    for line in answer.split("\n"):
+        if line in CATEGORIES[category]:
+            line = "apple"
+        elif line in ITEMS:
+            line = "horse"
+        lines.append(line)
+    return "\n".join(lines)
+
 
 def test_bag_of_tokens_cannot_tell_but_a_bag_with_the_prompt_can(toy, tokenizer, tmp_path):
     test = rows_of(toy / "pref_heldout.jsonl")
-    clean = write_pairs(
-        rows_of(toy / "prompts.jsonl"), 4000, Config(), random.Random(0), noise=0.0, draws=False
-    )
+    prompts = rows_of(toy / "prompts.jsonl")
+    train = write_pairs(prompts, 4000, Config(), random.Random(0), noise=0.0, draws=False)
 
-    def pairs(rows):
-        return [
-            (row[f"output_{row['preference']}"], row[f"output_{3 - row['preference']}"])
-            for row in rows
-        ]
+    def without_prompt(rows):
+        return count_differences([better_and_worse(row) for row in rows], tokenizer)
+
+    def with_prompt(rows):
+        pairs = []
+        for row in rows:
+            better, worse = better_and_worse(row)
+            pairs.append((only_right_and_wrong(row, better), only_right_and_wrong(row, worse)))
+        return count_differences(pairs, tokenizer)
 
     def accuracy(features):
-        return (features(test) @ fit(features(clean), 1e-3) > 0).double().mean().item()
+        margins = features(test) @ fit(features(train), 1e-3)
+        return (margins > 0).double().mean().item()
 
-    assert accuracy(lambda rows: count_differences(pairs(rows), tokenizer)) < 0.75
-
-    def with_prompt(rows):  # the same counts, of items that the prompt makes right or wrong
-        marked = []
-        for row in rows:
-            right = next(CATEGORIES[c] for c in CATEGORIES if f" {c}" in row["instruction"])
-            marked.append(
-                tuple(
-                    "\n".join(
-                        "apple" if line in right else "horse" if line in ITEMS else line
-                        for line in answer.split("\n")
-                    )
-                    for answer in pairs([row])[0]
-                )
-            )
-        return count_differences(marked, tokenizer)
-
+    assert accuracy(without_prompt) < 0.75
     assert accuracy(with_prompt) > 0.9
 
-    run(
-        "extras/study/bag_of_tokens.py",
-        f"--train={toy}/pref.jsonl",
-        f"--data={toy}/pref_heldout.jsonl",
-        f"--tokenizer={toy}/model",
-        f"--out={tmp_path}/bag.jsonl",
-    )
-    (row,) = rows_of(tmp_path / "bag.jsonl")
-    assert row["name"] == "bag_of_tokens" and 0.5 < row["accuracy"] < 0.75 and row["n"] == 1000
-    assert (
-        abs(row["standard_error"] - (row["accuracy"] * (1 - row["accuracy"]) / 1000) ** 0.5) < 2e-3
-    )
+    row = bag_of_tokens(toy, toy / "pref.jsonl", tmp_path / "bag.jsonl")
+    assert row["name"] == "bag_of_tokens" and row["n"] == 1000
+    assert 0.5 < row["accuracy"] < 0.75
+    binomial = (row["accuracy"] * (1 - row["accuracy"]) / 1000) ** 0.5
+    assert abs(row["standard_error"] - binomial) < 2e-3
+
+
+def bag_of_tokens(toy, train, out):
+    """Run the script -> its one row"""
+    run("extras/study/bag_of_tokens.py", f"--train={train}", f"--data={toy}/pref_heldout.jsonl",
+        f"--tokenizer={toy}/model", f"--out={out}")
+    rows = rows_of(out)
+    assert len(rows) == 1
+    return rows[0]
 
 
 def test_bag_of_tokens_learns_from_edits(toy, tmp_path):
-    rows = [
-        row
-        | {
-            "id": k,
-            "original": row["output"],
-            "edited": mend(row, row["output"], random.Random(k)) if k % 9 else None,
-        }
-        for k, row in enumerate(rows_of(toy / "sft.jsonl")[:800])
-    ]
-    write_jsonl(tmp_path / "edits.jsonl", rows)
-    run(
-        "extras/study/bag_of_tokens.py",
-        f"--train={tmp_path}/edits.jsonl",
-        f"--data={toy}/pref_heldout.jsonl",
-        f"--tokenizer={toy}/model",
-        f"--out={tmp_path}/bag.jsonl",
-    )
-    assert 0.5 < rows_of(tmp_path / "bag.jsonl")[0]["accuracy"] < 0.75
+    edits = []
+    for k, row in enumerate(rows_of(toy / "sft.jsonl")[:800]):
+        edited = mend(row, row["output"], random.Random(k))
+        if k % 9 == 0:
+            edited = None  # a failed edit
+        edits.append(row | {"id": k, "original": row["output"], "edited": edited})
+    write_jsonl(tmp_path / "edits.jsonl", edits)
+    row = bag_of_tokens(toy, tmp_path / "edits.jsonl", tmp_path / "bag.jsonl")
+    assert 0.5 < row["accuracy"] < 0.75
 
 
 # ---------------------------------------------------------------- runs
 
-
 def test_same_seed_same_bytes(toy, tmp_path):
     run("data/toy/prepare.py", f"--out={tmp_path}/same", PYTHONHASHSEED=1)
     run("data/toy/prepare.py", f"--out={tmp_path}/other", "--seed=1", PYTHONHASHSEED=2)
-    for name in FILES + [f"model/{file.name}" for file in (toy / "model").iterdir()]:
-        assert (toy / name).read_bytes() == (tmp_path / "same" / name).read_bytes(), name
-        assert (
-            (toy / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
-        ) == name.endswith("jsonl"), name
+    model_files = [f"model/{file.name}" for file in (toy / "model").iterdir()]
+    for name in FILES + model_files:
+        content = (toy / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == content, name
+        differs = (tmp_path / "other" / name).read_bytes() != content
+        assert differs == name.endswith("jsonl"), name
 
 
 def test_again_refused_overwritten(toy, tmp_path):
     out = shutil.copytree(toy, tmp_path / "w")
 
-    def state():
+    def times():
         return {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.suffix != ".lock"}
 
-    before = state()
+    # The same command has nothing to do; another seed is refused; neither touches a file.
+    before = times()
     assert "finished; nothing to do" in run("data/toy/prepare.py", f"--out={out}").stdout
     done = run("data/toy/prepare.py", f"--out={out}", "--seed=1", ok=False)
-    assert (
-        done.returncode == 2
-        and "seed: 0 then, 1 now" in done.stderr
-        and done.stderr.count("\n") == 1
-    )
-    assert state() == before
+    assert done.returncode == 2
+    assert "seed: 0 then, 1 now" in done.stderr and done.stderr.count("\n") == 1
+    assert times() == before
+
+    # --overwrite writes every file again.
     run("data/toy/prepare.py", f"--out={out}", "--seed=1", "--prompt_rows=7", "--overwrite=true")
-    assert len(rows_of(out / "prompts.jsonl")) == 7 and not [
-        file for file in before if before[file] == state().get(file)
-    ]
+    assert len(rows_of(out / "prompts.jsonl")) == 7
+    after = times()
+    assert not [file for file in before if before[file] == after.get(file)]
 
 
-@pytest.mark.parametrize(
-    "flag, words",
-    [
-        ("--vocab_size=300", "--vocab_size=300 does not fit"),
-        ("--vocab_size=5000", "Please set it to a value"),
-        ("--eval_rows=0", "--eval_rows must be at least 1"),
-        ("--prompt_rows=0", "--prompt_rows must be at least 1"),
-        ("--eval_rows=1200", "1296 prompts"),
-        ("--flaws=0", "--flaws must be above 0"),
-        ("--hidden_size=30", "--heads=4"),
-        ("--sft_row=3", "Did you mean 'sft_rows'?"),
-    ],
-)
+@pytest.mark.parametrize("flag, words", [
+    ("--vocab_size=300", "--vocab_size=300 does not fit"),
+    ("--vocab_size=5000", "Please set it to a value"),
+    ("--eval_rows=0", "--eval_rows must be at least 1"),
+    ("--prompt_rows=0", "--prompt_rows must be at least 1"),
+    ("--eval_rows=1200", "1296 prompts"),
+    ("--flaws=0", "--flaws must be above 0"),
+    ("--hidden_size=30", "--heads=4"),
+    ("--sft_row=3", "Did you mean 'sft_rows'?"),
+])
 def test_mistakes(tmp_path, capfd, flag, words):
     with pytest.raises(SystemExit) as end:
         main(load_config(Config, "prepare", argv=[f"--out={tmp_path}/w", flag]))
     said = capfd.readouterr().err
-    assert (
-        end.value.code == 2
-        and words in said
-        and said.count("\n") == 1
-        and not (tmp_path / "w").exists()
-    )
+    assert end.value.code == 2
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_default_folder_holds_the_script(tmp_path):
     """python data/toy/prepare.py, from an empty clone and from another working directory"""
-    for name in (
-        "common.py",
-        *(f"plumbing/{path.name}" for path in ROOT.glob("plumbing/*.py")),
-        "data/toy/prepare.py",
-    ):
+    script = tmp_path / "data/toy/prepare.py"
+    plumbing = [f"plumbing/{path.name}" for path in ROOT.glob("plumbing/*.py")]
+    for name in ["common.py", "data/toy/prepare.py", *plumbing]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(
-        [sys.executable, tmp_path / "data/toy/prepare.py", "--sft_rows=20"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and len(rows_of(tmp_path / "data/toy/sft.jsonl")) == 20, done.stderr
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, script, "--sft_rows=20"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "data/toy/sft.jsonl")) == 20
 
 
 def test_trainers_do_not_know_the_world():

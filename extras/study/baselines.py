@@ -31,7 +31,8 @@ from diff import EDIT_FIELDS, align
 from evaluate import mean_and_error
 from extras.report.rewards import auroc, token_auroc
 from plumbing.command_line import load_config
-from plumbing.files import ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl, write_jsonl
+from plumbing.files import (ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl,
+                            write_jsonl)
 from plumbing.ranks import fail, say
 
 
