@@ -20,6 +20,7 @@ the same request and are asked to answer between tags.
 import errno, hashlib, json, os, random, re, sys, threading
 from collections import Counter
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal
 
@@ -230,7 +231,25 @@ def read_reply(reply, original, tag):
 
     start = len(original) - len(original.lstrip())
     end = start + len(core)
-    return original[:start] + text + original[end:], None, False
+    return original[:start] + with_line_ends_of(core, text) + original[end:], None, False
+
+
+def with_line_ends_of(original, text):
+    """A model's text with the original's line ends, so that they are no change. A line keeps its
+    own, also where its words were changed; a new line gets the one that is most frequent."""
+    ends = re.findall(r"\r\n|\r|\n", original)
+    lines = re.split(r"\r\n|\r|\n", text)
+    if not ends:
+        return "\n".join(lines)
+    usual = Counter(ends).most_common(1)[0][0]
+    new_ends = [usual] * (len(lines) - 1)
+    matcher = SequenceMatcher(None, re.split(r"\r\n|\r|\n", original), lines, autojunk=False)
+    for _, old_start, old_stop, new_start, new_stop in matcher.get_opcodes():
+        old = range(old_start, min(old_stop, len(ends)))
+        new = range(new_start, min(new_stop, len(new_ends)))
+        for i, j in zip(old, new):
+            new_ends[j] = ends[i]
+    return "".join(line + end for line, end in zip(lines, new_ends + [""]))
 
 
 # ---------------------------------------------------------------- the one call of the service

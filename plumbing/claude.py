@@ -32,6 +32,9 @@ MAX_WAIT = 60         # seconds: the longest retry-after that is obeyed; the SDK
 ROWS = 10_000         # requests in one batch; the API takes 100,000 ...
 BYTES = 7_000_000     # ... and 256 MB, but a lost upload should cost little
 PAUSES = (0.5, 60)    # seconds between two polls of a batch: at first, at most
+KEPT = timedelta(days=29)  # how long the service keeps a batch's results
+NETWORK = ("http_proxy https_proxy all_proxy no_proxy ssl_cert_file ssl_cert_dir "
+           "anthropic_base_url").split()
 PATIENCE = 60         # give up after this many failed polls per batch (about an hour)
 
 
@@ -76,14 +79,21 @@ def in_one_line(error):
 
 # ---------------------------------------------------------------- the client and Ctrl-C
 
-def claude_client(timeout=600.0, retries=5):
-    """The SDK's client, or None without a key"""
+def claude_client(timeout=600.0, retries=5, *, dry_run=False):
+    """The SDK's client, or None without a key. dry_run: None also where no client can be made"""
     import anthropic
     for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
         if not re.fullmatch("[!-~]*", os.environ.get(name, "")):  # an HTTP error would quote it
             fail(f"{name} holds white space or other characters that no key has")
-    http = anthropic.DefaultHttpxClient(event_hooks={"response": [bound_wait]})
-    client = anthropic.Anthropic(timeout=timeout, max_retries=retries, http_client=http)
+    try:
+        http = anthropic.DefaultHttpxClient(event_hooks={"response": [bound_wait]})
+        client = anthropic.Anthropic(timeout=timeout, max_retries=retries, http_client=http)
+    except Exception as error:  # the HTTP library refuses a proxy or a certificate in many ways
+        if dry_run:
+            return None
+        names = [name for name in os.environ if name.lower() in NETWORK]
+        fail(f"the network settings {', '.join(names) or 'of this machine'} cannot be used "
+             f"({' '.join(str(error).split())[:150]}); correct or unset them")
     return client if client.api_key or client.auth_token or client.credentials else None
 
 
@@ -135,11 +145,13 @@ def ask_claude(requests, ask_once, stop, *, concurrency=16, timeout=600.0, retri
 
 
 def ask_in_parallel(client, requests, ask_once, stop, concurrency):
-    """`concurrency` requests at a time. An error that every request would meet ends the run; the
-    replies in flight are still yielded."""
+    """`concurrency` requests at a time. An error that every request would meet ends the run, and so
+    does a service that cannot be reached; replies in flight are still yielded."""
     waiting = iter(requests.items())
-    running = {}  # future -> key
+    running = {}     # future -> key
+    unreached = []   # (key, reply) of the last requests, as long as none of them could connect
     any_reply = False
+    reached = False
     fatal = None
     with ThreadPoolExecutor(concurrency) as pool:
         while True:
@@ -150,16 +162,33 @@ def ask_in_parallel(client, requests, ask_once, stop, concurrency):
                 running[pool.submit(ask_once, client, request)] = key
             if not running:
                 break
+
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
                 reply = future.result()
                 any_reply = any_reply or not reply.error
+                if reply.error and reply.error.startswith("APIConnectionError"):
+                    unreached.append((key, reply))
+                    limit = 3 * concurrency if reached else min(concurrency, len(requests))
+                    if len(unreached) >= limit:
+                        fatal = "unreachable"
+                    continue
+                reached = True
+                yield from unreached  # the service is there: these rows did fail
+                unreached = []
                 if reply.error and concerns_all(reply.error, any_reply):
                     fatal = reply.error
                 else:
                     yield key, reply
+
+    if fatal == "unreachable":
+        fail(f"the API at {client.base_url} cannot be reached ({len(unreached)} requests in a row): "
+             "check the network, ANTHROPIC_BASE_URL and the proxy variables. These rows are not "
+             "recorded as failed; the same command continues")
     if fatal:
         fail(f"the API says {fatal!r}; nothing more was asked. Fix that; the same command continues")
+    if not stop.is_set():
+        yield from unreached
 
 
 def concerns_all(error, any_reply):
@@ -234,7 +263,7 @@ def read_batches(client, requests, stop, path, ledger):
             return
         for batch in unread:
             try:
-                results = read(client, batch["id"])
+                results = read(client, batch)
                 failures = 0
             except trouble() as error:
                 results = None
@@ -242,7 +271,7 @@ def read_batches(client, requests, stop, path, ledger):
                 hopeless = getattr(error, "status_code", 0) in (401, 403)
                 if hopeless or failures > PATIENCE * len(unread):
                     fail(f"the Batches API: {in_one_line(error)}; {path} knows what was sent; the "
-                         "same command continues")
+                         "same command continues (remove that file to send all of it again)")
             if results is None:
                 continue
 
@@ -335,15 +364,19 @@ def find(client, batch, ledger):
              "looks for it")
 
 
-def read(client, id):
-    """custom_id -> result, or None while the batch is being worked on"""
+def read(client, batch):
+    """custom_id -> result, or None while the batch is being worked on. A 404 means that a batch is
+    gone only after the time for which it is kept; before, it is an error that may pass."""
     import anthropic
     try:
-        if client.messages.batches.retrieve(id).processing_status != "ended":
+        if client.messages.batches.retrieve(batch["id"]).processing_status != "ended":
             return None
-        return {line.custom_id: line.result for line in client.messages.batches.results(id)}
-    except anthropic.NotFoundError:  # kept for 29 days: nothing of it is left
-        return {}
+        results = client.messages.batches.results(batch["id"])
+        return {line.custom_id: line.result for line in results}
+    except anthropic.NotFoundError:
+        if datetime.now(timezone.utc) - datetime.fromisoformat(batch["at"]) > KEPT:
+            return {}
+        raise
 
 
 def outcome(result):
@@ -408,7 +441,7 @@ def count_input_tokens(requests):
     system = len(requests[0].get("system", ""))
     estimate = (sum(lengths) + len(requests) * system) / 4
     how = "estimated at 4 characters each"
-    client = claude_client()
+    client = claude_client(dry_run=True)
     if client is None:
         return estimate, how
 

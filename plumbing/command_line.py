@@ -5,7 +5,7 @@ The fields, their types and defaults are the stage's own Config. A mistake is on
 import difflib, errno, importlib, inspect, os, sys, tomllib, types, typing
 from pathlib import Path
 
-from plumbing.ranks import fail
+from plumbing.ranks import WORLD, fail
 
 # The tables that a preset may have: one per stage, and one per command word of a stage.
 TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.show ppo evaluate "
@@ -15,6 +15,8 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
 # Fields that hold a path, so that a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
          "train guide").split()
+# The others send requests or write one file, so a second process would do their work twice.
+MANY_PROCESSES = "sft reward_model ppo evaluate.decode evaluate.judge evaluate.rewards".split()
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -33,6 +35,8 @@ def load_config(Config, table, argv=None):
         print(sys.modules[Config.__module__].__doc__ + "\n" + inspect.getsource(Config))
         raise SystemExit(0)
 
+    if WORLD > 1 and table not in MANY_PROCESSES:
+        fail("this runs in one process: start it with python, not with torchrun")
     kinds = typing.get_type_hints(Config)
     values = {}
     positional = []

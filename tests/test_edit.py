@@ -150,7 +150,7 @@ def test_rows(monkeypatch, capsys):
     write(rows + rows[2:] + rows[2:])
     with Standin() as claude:
         out = run(monkeypatch, claude)
-        assert "2 of 5 rows ask what another one asks" in capsys.readouterr().out
+        assert "2 of 5 rows are duplicates: asked once" in capsys.readouterr().out
         assert len(out) == 3 and set(claude.asked.values()) == {1}
         assert not any("Preferred" in prompt for prompt in claude.asked)
     assert list(out[0])[:9] == [
@@ -929,8 +929,8 @@ def test_trouble_with_batches(monkeypatch, capsys):
         assert not any(left.values())
         for action, fault, words in (
             ("create", "400", "400 invalid_request_error"),
-            ("create", "401", "AuthenticationError 401"),
-            ("retrieve", "401", "AuthenticationError 401"),
+            ("create", "401", "401 authentication_error"),
+            ("retrieve", "401", "401 authentication_error"),
             ("list", "null", "looks for it"),
             ("results", "500", "InternalServerError 500"),
         ):
