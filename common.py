@@ -27,7 +27,6 @@ from plumbing.ranks import RANK, WORLD, fail
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-
 # ---------------------------------------------------------------- text and tokens
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -35,7 +34,6 @@ PROMPT = ("Below is an instruction that describes a task. Write a response that 
 PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-
 
 def load_tokenizer(path):
     """The tokenizer of a folder or of a name on the hub; no token is added to it. Two attributes
@@ -57,11 +55,9 @@ def load_tokenizer(path):
             fail(f"the tokenizer of {path} does not give {text!r} back from its ids")
     return tokenizer
 
-
 def end_ids(tokenizer):
     """The ids that end a response: the tokenizer's eos and those of the model's generation_config"""
     return {tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())}
-
 
 @functools.cache
 def response_prefix(tokenizer):
@@ -73,7 +69,6 @@ def response_prefix(tokenizer):
     if tokenizer.encode("x", add_special_tokens=False) == after_newline:
         return "", []
     return "\n", newline
-
 
 def encode_prompt(tokenizer, row):
     """Alpaca's prompt of a row -> ids, with bos once for the model families that use one"""
@@ -87,7 +82,6 @@ def encode_prompt(tokenizer, row):
         needs_bos = tokenizer.bos_token == "<s>" or tokenizer.encode("x")[0] == bos
     return [tokenizer.bos_token_id] + ids if needs_bos else ids
 
-
 def encode_response(tokenizer, text, *, eos=True):
     """The ids that a rollout of this text would have. eos=False: it was cut before it ended."""
     before, ids_before = response_prefix(tokenizer)
@@ -96,7 +90,6 @@ def encode_response(tokenizer, text, *, eos=True):
     ids = ids[len(ids_before):]
     return ids + [tokenizer.eos_token_id] if eos else ids
 
-
 def decode_response(tokenizer, ids):
     """The inverse of encode_response: ids -> text, without the token that ended it"""
     _, ids_before = response_prefix(tokenizer)
@@ -104,7 +97,6 @@ def decode_response(tokenizer, ids):
         ids = ids[:-1]
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     return decode([*ids_before, *ids])[len(decode(ids_before)):]
-
 
 def token_texts(tokenizer, ids):
     """The text of each token; joined, the response. A character goes to its last token."""
@@ -117,13 +109,11 @@ def token_texts(tokenizer, ids):
         done = text if complete else done
     return texts
 
-
 def tokenizer_hash(tokenizer):
     """Equal for two tokenizers if their vocabulary and special ids agree (pad does not matter)"""
     vocabulary = sorted(tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
-
 
 # ---------------------------------------------------------------- rows, random numbers, ranks
 
@@ -134,18 +124,15 @@ def epoch_order(n, *key):
     random.Random(" ".join(map(str, key))).shuffle(order)
     return order
 
-
 def rows_at(start, stop, n, seed):
     """Rows start..stop of an endless stream: n rows, in a new order each epoch"""
     return [epoch_order(n, seed, k // n)[k % n] for k in range(start, stop)]
-
 
 def row_uniforms(length, *key):
     """Random numbers for one row, [length] in [0, 1); they depend on its key, not the batch"""
     generator = random.Random(" ".join(map(str, key)))
     bits = [generator.getrandbits(24) for _ in range(length)]
     return torch.tensor(bits) / 2**24  # 24 bits are exact in float32 and never become 1.0
-
 
 def setup(dtype="auto"):
     """-> device, mesh (None for a single CPU process in float32), compute dtype. All ranks."""
@@ -173,7 +160,6 @@ def setup(dtype="auto"):
         shape, names = (WORLD // per_machine, per_machine), ("replicate", "shard")
     return device, dist.init_device_mesh(device.type, shape, mesh_dim_names=names), compute_dtype
 
-
 def my_micro_batches(rows, lengths, micro_batch):
     """This rank's micro-batches of an optimizer batch, as lists of rows. lengths[row]: its tokens.
     The rows are sorted by length and dealt in snake order, so that no rank gets all the long ones:
@@ -189,7 +175,6 @@ def my_micro_batches(rows, lengths, micro_batch):
         place = RANK if turn % 2 else WORLD - 1 - RANK
         my_rows += order[turn * WORLD:][place:place + 1]  # nothing, if the last turn is short
     return [my_rows[start:start + micro_batch] for start in range(0, turns, micro_batch)]
-
 
 # ---------------------------------------------------------------- models
 
@@ -248,7 +233,6 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
         dist.broadcast(buffer, 0)
     return model
 
-
 def shard(model, mesh, dtype, *, frozen):
     """FSDP over the mesh, in place: each layer is gathered alone, and the root is the rest"""
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -260,10 +244,8 @@ def shard(model, mesh, dtype, *, frozen):
         part.set_gradient_divide_factor(1.0)  # losses are sums over global counts: gradients add up
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
 
-
 def sharded_parts(model):
     return [module for module in model.modules() if hasattr(module, "unshard")]  # FSDP's
-
 
 @contextmanager
 def unsharded(model):
@@ -281,13 +263,11 @@ def unsharded(model):
             part.set_reshard_after_forward(part is not model or not training, recurse=False)
         model.train(training)
 
-
 # ---------------------------------------------------------------- forward: every shift by one
 
 def upcast(x):
     """float32 for the half precisions; float64 stays"""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def pack(prompts, responses, device):
     """Lists of ids -> ids [B, S], mask [B, S], response_mask [B, T]. Rows are right-aligned, so
@@ -303,7 +283,6 @@ def pack(prompts, responses, device):
     mask = torch.arange(S, device=device) >= S - row_lengths                               # [B, S]
     return ids, mask, torch.arange(T, device=device) < response_lengths                    # [B, T]
 
-
 def to_left(x, response_mask):
     """The last T columns of right-aligned rows -> left-aligned, 0 after the last token, [B, T]:
         x          response_mask      result
@@ -314,13 +293,11 @@ def to_left(x, response_mask):
     columns = torch.arange(T, device=x.device) + T - lengths                               # [B, T]
     return x.gather(1, columns.clamp(max=T - 1)).masked_fill(~response_mask, 0)
 
-
 def forward(model, ids, mask, **options):
     """The outputs of left-padded rows [B, S, ...]; position 0 is the first real token"""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                  **options).logits
-
 
 def token_logprobs(model, ids, mask, response_mask, temperature=1.0):
     """log pi(a_t | s_t) [B, T]: from the logits of the position before a_t. All ranks."""
@@ -329,14 +306,12 @@ def token_logprobs(model, ids, mask, response_mask, temperature=1.0):
     logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, -T:].flatten(), reduction="none")
     return to_left(logprobs.view(B, T), response_mask)
 
-
 def token_heads(model, ids, mask, response_mask, *, before=False):
     """The head's outputs [B, T]: r_t at a_t's position; before: V(s_t), one earlier. All ranks."""
     T = response_mask.shape[1]
     heads = upcast(forward(model, ids, mask)[..., 0])                                      # [B, S]
     heads = heads[:, -T - 1:-1] if before else heads[:, -T:]                               # [B, T]
     return to_left(heads, response_mask)
-
 
 # ---------------------------------------------------------------- what a reward model says
 
@@ -345,22 +320,18 @@ def last_token(mask):
     tokens_from_here = mask.long().flip(1).cumsum(1).flip(1)
     return mask.bool() & (tokens_from_here == 1)
 
-
 def sequence_rewards(r, response_mask):
     """R of a sequence-level model: r at the last real token, [B, T] -> [B]"""
     return r.masked_fill(~last_token(response_mask), 0).sum(1)
-
 
 def mean_rewards(r, response_mask):
     """R(tau) of Eq. 1: the mean of r_t over the real tokens, [B, T] -> [B]"""
     tokens = response_mask.sum(1).clamp(min=1)
     return r.masked_fill(~response_mask.bool(), 0).sum(1) / tokens
 
-
 def total_rewards(r, response_mask, level):
     """R of a reward model of that level ("token" or "sequence"), [B, T] -> [B]"""
     return (sequence_rewards if level == "sequence" else mean_rewards)(r, response_mask)
-
 
 def reward_level(path):
     """The level of the reward model in a folder: "token" or "sequence" """
@@ -373,7 +344,6 @@ def reward_level(path):
     if "ForSequenceClassification" in names:
         return "sequence"
     fail(f"{path} is no reward model ({names or 'no class'}); make one: python reward_model.py")
-
 
 # ---------------------------------------------------------------- generation
 
@@ -394,7 +364,6 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
     just_below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(u.to(cdf) * total, just_below_total)
     return torch.searchsorted(cdf, target, right=True)[:, 0]
-
 
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0,
@@ -451,7 +420,6 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
     T = int(lengths.max())
     return response_ids[:, :T], torch.arange(T, device=device) < lengths[:, None]
 
-
 # ---------------------------------------------------------------- optimisation
 
 def cosine(step, steps, warmup):
@@ -460,7 +428,6 @@ def cosine(step, steps, warmup):
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
 
 def optimizer_step(parameters, optimizer, lr, max_grad_norm, where):
     """Clip all gradients together, step, clear them -> the norm before clipping. A parameter group

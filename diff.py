@@ -33,7 +33,6 @@ from plumbing.models import check_model
 from plumbing.ranks import fail, say
 from plumbing.record import begin, finish
 
-
 @dataclass(frozen=True)
 class Config:
     data: str = "out/edits.jsonl"   # rows: id, instruction, input, original (y_l) and edited (y_w,
@@ -48,7 +47,6 @@ class Config:
     seed: int = 0                   # unused; every stage has one
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
-
 
 # ---------------------------------------------------------------- the alignment
 
@@ -66,12 +64,10 @@ def lcs_length(a, b):
         v = ((v + u) | (v - u)) & all_bits
     return len(a) - v.bit_count()
 
-
 # The ways to leave a cell of common_pairs(); without any of them, a token of b is inserted.
 PAIR = 1      # the cell's best score pairs a[i-1] with b[j-1] ...
 CONTINUE = 2  # ... and such a pair continues the run of the pair before it
 DELETE = 4    # a[i-1] is deleted
-
 
 def common_pairs(a, b):
     """Index pairs (i, j) with a[i] == b[j]: of the longest common subsequences, one that has the
@@ -156,7 +152,6 @@ def common_pairs(a, b):
     pairs.reverse()
     return pairs
 
-
 def align(original, edited, *, gaps=False):
     """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1, as long
     as they are): 1 = in U_1.
@@ -207,18 +202,15 @@ def align(original, edited, *, gaps=False):
         last_j = j
     return original_changed, edited_changed
 
-
 # ---------------------------------------------------------------- rows
 
 EDIT_FIELDS = {"instruction": str, "input": (str, type(None)), "original": str,
                "edited": (str, type(None))}
 
-
 def changed_share(original_changed, edited_changed):
     """The share of the tokens of both sides that are in U_1, 0 to 1"""
     changed = sum(original_changed) + sum(edited_changed)
     return changed / max(1, len(original_changed) + len(edited_changed))
-
 
 def gate(original_ids, edited_ids, original_changed=(), edited_changed=(), *, max_changed=1.0,
          max_tokens=None):
@@ -236,7 +228,6 @@ def gate(original_ids, edited_ids, original_changed=(), edited_changed=(), *, ma
         return "changed share"
     return None
 
-
 def encode_row(row, tokenizer):
     """A row of edits.jsonl -> the same with its ids. Its other fields are kept."""
     cut = row.get("cut") or []
@@ -245,7 +236,6 @@ def encode_row(row, tokenizer):
     pair["edited_ids"] = encode_response(tokenizer, row["edited"], eos="edited" not in cut)
     pair["original_ids"] = encode_response(tokenizer, row["original"], eos="original" not in cut)
     return pair
-
 
 def diff_row(row, tokenizer, *, gaps=False, max_tokens=None, max_changed=1.0):
     """A row of edits.jsonl -> a row of diffs.jsonl, and the reason to drop it, or None. A pair that
@@ -261,7 +251,6 @@ def diff_row(row, tokenizer, *, gaps=False, max_tokens=None, max_changed=1.0):
     pair["original_changed"] = masks[0]
     return pair, gate(*ids, *masks, max_changed=max_changed, max_tokens=room)
 
-
 # ---------------------------------------------------------------- the stage
 
 def check(cfg):
@@ -270,7 +259,6 @@ def check(cfg):
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     check_numbers(cfg, max_tokens=COUNT, max_changed=(ABOVE_0[0], 1), seed=ANY)
     return read_jsonl(cfg.data, EDIT_FIELDS), load_tokenizer(cfg.tokenizer)
-
 
 def main(cfg):
     rows, tokenizer = check(cfg)
@@ -300,7 +288,6 @@ def main(cfg):
     say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows{counts}; "
         f"{share:.1%} of the tokens changed")
     finish(cfg, pairs=len(shares), dropped=dict(dropped), changed_share=share)
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["show"]:

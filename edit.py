@@ -50,7 +50,6 @@ PREFILL = "Here is my attempt to make minimal changes to improve the response:"
 TAGS = ("Write the improved response between <edited> and </edited>, and nothing outside of these "
         "tags.")
 
-
 @dataclass(frozen=True)
 class Config:
     data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, or rows with instruction, input, original
@@ -74,7 +73,6 @@ class Config:
     annotators: int = 1          # human: with 2, each person edits the rows of `shared`, and they
     shared: float = 0.1          # divide the others; edit.py stats shows how far they agree
     overwrite: bool = False
-
 
 # ---------------------------------------------------------------- rows: what is asked
 
@@ -121,7 +119,6 @@ def read_rows(cfg):
         say(f"{cfg.data}: {len(given) - len(rows)} of {len(given)} rows are duplicates: asked once")
     return rows
 
-
 def uses_tags(cfg):
     """Is the answer asked for between tags? They work with every model. Without them we prefill the
     model's turn, which Claude up to 4.5 and local models continue; later ones refuse (400)."""
@@ -130,7 +127,6 @@ def uses_tags(cfg):
     takes_prefill = re.search(r"claude-(2|3|instant|"
                               r"(opus|sonnet|haiku)-4(-[015])?(-20\d{6})?$)", cfg.model)
     return cfg.editor == "claude" and not takes_prefill
-
 
 def build_request(cfg, row, longest=False):
     """The arguments of client.messages.create. longest: with all of max_tokens, after a reply that
@@ -160,7 +156,6 @@ def build_request(cfg, row, longest=False):
         request["system"] = cfg.system
     return request
 
-
 # ---------------------------------------------------------------- replies: is this an edit?
 
 # How a reply begins that speaks about the edit before it gives it.
@@ -183,14 +178,12 @@ REFUSAL = re.compile(
     r"(i'm sorry|i am sorry|i apologi[sz]e|i can't|i cannot|i won't|"
     r"i'm unable|i am unable)\b", re.I)
 
-
 def newly_begins(pattern, text, original):
     """Does the text begin like this, and not the original? An answer may well begin "Here are five
     fruits:"."""
     def begins(text):
         return pattern.match(text.replace("’", "'"))
     return bool(begins(text) and not begins(original))
-
 
 def read_reply(reply, original, tag):
     """-> edited, error, again: the edit, or None, why there is none, and whether asking once more
@@ -233,7 +226,6 @@ def read_reply(reply, original, tag):
     end = start + len(core)
     return original[:start] + with_line_ends_of(core, text) + original[end:], None, False
 
-
 def with_line_ends_of(original, text):
     """A model's text with the original's line ends, so that they are no change. A line keeps its
     own, also where its words were changed; a new line gets the one that is most frequent."""
@@ -251,7 +243,6 @@ def with_line_ends_of(original, text):
             new_ends[j] = ends[i]
     return "".join(line + end for line, end in zip(lines, new_ends + [""]))
 
-
 # ---------------------------------------------------------------- the one call of the service
 
 def ask_once(client, request):
@@ -261,7 +252,6 @@ def ask_once(client, request):
         return claude.read_message(client.messages.create(**request))
     except (anthropic.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return claude.read_error(error)
-
 
 # ---------------------------------------------------------------- the stage
 
@@ -275,7 +265,6 @@ def read_edits(path):
         return {}
     rows = read_jsonl(path, {"id": str, "edited": (str, type(None))})
     return {row["id"]: row for row in rows}
-
 
 def check(cfg, rows):
     """What can be wrong before anything is asked -> the name of the tag that holds the answer"""
@@ -308,7 +297,6 @@ def check(cfg, rows):
             fail(f"--model={cfg.model} is no chat model: no chat template")
         check_fits(cfg.model, "model", 0, vocabulary=len(tokenizer))
     return tag[1]
-
 
 class Edits:
     """edits.jsonl while it is being written: each row is on disk as soon as it is known"""
@@ -346,7 +334,6 @@ class Edits:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.cfg.out)
             self.done[key] = row
 
-
 def ask_model(cfg, rows, edits, batches, stop, tag):
     """Claude or a local model edits the rows; a reply that is no edit is asked for once more at the
     end. -> tokens spent, how many rows may be asked again, the cost in words"""
@@ -379,7 +366,6 @@ def ask_model(cfg, rows, edits, batches, stop, tag):
                                  name="asking")
     return spent, len(left), cost
 
-
 def summary(rows, out):
     """Two lines: what became of the rows, and the commonest reasons of failures"""
     edited = [row for row in rows if row["edited"] is not None]
@@ -390,7 +376,6 @@ def summary(rows, out):
                       for row in rows if row["edited"] is None)
     words = "; ".join(f"{n} {plain(why)[:100]}" for why, n in reasons.most_common(5))
     say(f"failed: {words}" if words else f"are they minimal? python edit.py stats {out}")
-
 
 def main(cfg):
     # ---- what is asked, and can it be?
@@ -454,7 +439,6 @@ def main(cfg):
     finish(cfg, config=vars(cfg), rows=len(rows), failed=failed, **tokens)
     if todo:
         summary([done[key] for key in rows], cfg.out)
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["stats"]:

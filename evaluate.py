@@ -40,7 +40,6 @@ from plumbing.models import check_fits, check_model
 from plumbing.ranks import RANK, WORLD, barrier, fail, say, total
 from plumbing.record import begin, finish, logged, progress, record_of
 
-
 # ---------------------------------------------------------------- statistics
 
 def mean_and_error(x):
@@ -49,13 +48,11 @@ def mean_and_error(x):
     error = statistics.stdev(x, mean) / math.sqrt(len(x)) if len(x) > 1 else None
     return mean, error
 
-
 def points(preference):
     """A preference from 1 (the reference won) to 2 (ours won) -> 0 to 100; 0 is a draw, like 1.5"""
     if preference == 0:
         return 50.0
     return 100 * (preference - 1)
-
 
 def win_rate(preferences):
     """The win rate in percent, its standard error over pairs, and counts (dict).
@@ -70,7 +67,6 @@ def win_rate(preferences):
     n = len(scores)
     return dict(win_rate=rate, standard_error=error, n_wins=wins, n_wins_base=losses,
                 n_draws=n - wins - losses, n_total=n)
-
 
 def paired(a, b, *, resamples=10_000, seed=0):
     """Win rate of a minus that of b on the same questions, in points (dict). A bootstrap that draws
@@ -106,7 +102,6 @@ def paired(a, b, *, resamples=10_000, seed=0):
     figures["p_value"] = min(1.0, 2 * tail / resamples)
     return figures
 
-
 def tell(figures, indent=""):
     """Print figures with all digits, one per line; a list of groups has one line per group"""
     for name, value in figures.items():
@@ -121,10 +116,8 @@ def tell(figures, indent=""):
             shown = "-" if value is None else value
             say(f"{indent}{name:<18}{shown}")
 
-
 def rounded(x):
     return round(x, 4) if isinstance(x, float) else x
-
 
 # ---------------------------------------------------------------- decode
 
@@ -143,7 +136,6 @@ class DecodeConfig:
     overwrite: bool = False
     allow_changed_code: bool = False            # continue although evaluate.py or common.py changed
 
-
 def check_decode(cfg):
     """What can be wrong before the model is loaded -> rows, tokenizer, prompts (lists of ids)"""
     check_model(cfg.model, "model", "python ppo.py (or sft.py)")
@@ -158,7 +150,6 @@ def check_decode(cfg):
     longest = max(map(len, prompts)) + cfg.response_len
     check_fits(cfg.model, "model", longest, vocabulary=len(tokenizer))
     return rows, tokenizer, prompts
-
 
 def decode(cfg):
     rows, tokenizer, prompts = check_decode(cfg)
@@ -193,7 +184,6 @@ def decode(cfg):
         shutil.rmtree(folder)
         say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
 
-
 def answer(cfg, model, tokenizer, prompts, group, device):
     """Decode one group of rows -> list of {row, output, cut?}"""
     group_prompts = [prompts[i] for i in group]
@@ -213,7 +203,6 @@ def answer(cfg, model, tokenizer, prompts, group, device):
         answers.append(row)
     return answers
 
-
 def gather(cfg, rows, parts):
     """The answers in all parts -> the rows of model_outputs, in the data's order, and how many
     answers were cut"""
@@ -230,7 +219,6 @@ def gather(cfg, rows, parts):
         output["generator"] = generator
         outputs.append(output | answers[i])
     return outputs, sum("cut" in row for row in answers.values())
-
 
 # ---------------------------------------------------------------- judge
 
@@ -257,7 +245,6 @@ NEUTRAL = (" Length is no merit: do not prefer an output for being longer or sho
            "what it says.")
 VERDICTS = {"output (a)": 1, "output (b)": 2, "draw": 1.5}
 
-
 @dataclass(frozen=True)
 class JudgeConfig:
     outputs: str = "out/ppo/outputs.jsonl"      # ours
@@ -276,7 +263,6 @@ class JudgeConfig:
     seed: int = 0                               # orders=1: which order
     overwrite: bool = False
 
-
 def matched(path_1, path_2, key, kinds):
     """The rows of two files about the same question, as pairs; duplicates are matched in order.
     key: the fields that make a question; kinds: fields that must be there, for read_jsonl"""
@@ -289,7 +275,6 @@ def matched(path_1, path_2, key, kinds):
         pairs += zip(rows_1[question], rows_2[question])
     return pairs
 
-
 def by_question(path, key, kinds):
     """question (a tuple of the fields in key) -> its rows"""
     found = defaultdict(list)
@@ -297,7 +282,6 @@ def by_question(path, key, kinds):
         question = tuple(str(row.get(name) or "") for name in key)
         found[question].append(row)
     return found
-
 
 def fail_if_missing(rows, others, path, other_path, key):
     """fail() unless every row of `path` has a partner in `other_path`"""
@@ -311,7 +295,6 @@ def fail_if_missing(rows, others, path, other_path, key):
         fail(f"{other_path} lacks {missing.total()} of the rows of {path}, the first about "
              f"{first[:60]!r}; both must hold the same questions ({', '.join(key)})")
 
-
 def orders_of(cfg, pair, i):
     """Which output of the i-th pair is shown first in each request (1 theirs, 2 ours): [1, 2], or a
     random one. [] for equal outputs: they are a draw, and nobody is asked."""
@@ -321,7 +304,6 @@ def orders_of(cfg, pair, i):
     if cfg.orders == 2:
         return [1, 2]
     return [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
-
 
 def build_request(cfg, pair, first):
     """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
@@ -340,7 +322,6 @@ def build_request(cfg, pair, first):
     message = {"role": "user", "content": whole_characters(text)}
     return dict(model=cfg.model, max_tokens=cfg.max_tokens, messages=[message])
 
-
 def ask_once(client, request):
     """One request to Claude -> Reply, with the reason where no reply came"""
     import anthropic
@@ -349,13 +330,11 @@ def ask_once(client, request):
     except (anthropic.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:
         return claude.read_error(error)
 
-
 def parse_verdict(reply):
     """1: the answer shown first, 2: the second, 1.5: a draw; None: the reply says something else"""
     if not isinstance(reply, str):
         return None
     return VERDICTS.get(reply.strip().strip("*").rstrip(".").lower())
-
 
 def preference(verdicts, shown_first):
     """A pair's verdicts, and which output was shown first in each -> 1, 2, or between them; None if
@@ -371,7 +350,6 @@ def preference(verdicts, shown_first):
     mean = statistics.fmean(preferences)
     return int(mean) if mean in (1, 2) else mean
 
-
 def verdict_of(scores, first):
     """The verdict of a judge that scores each answer separately, in words of Claude's prompt"""
     shown_first = scores[first - 1]
@@ -379,7 +357,6 @@ def verdict_of(scores, first):
     if shown_first == shown_second:
         return "Draw"
     return "Output (a)" if shown_first > shown_second else "Output (b)"
-
 
 def check_judge(cfg):
     """What can be wrong before anybody is asked"""
@@ -392,7 +369,6 @@ def check_judge(cfg):
         fail(f"--out must be a .jsonl file, got {cfg.out}")
     if WORLD > 1 and cfg.judge != "reward_model":
         fail(f"--judge={cfg.judge} runs no model: start it with python, not with torchrun")
-
 
 def judge(cfg):
     check_judge(cfg)
@@ -446,7 +422,6 @@ def judge(cfg):
             Path(cfg.out + suffix).unlink(missing_ok=True)
     finish(cfg)
 
-
 def gold_scores(pairs):
     """The toy world's judge: minus the number of flaws of both answers of each pair. Ends the run
     if a question is not of the toy world."""
@@ -456,7 +431,6 @@ def gold_scores(pairs):
         scores.append([-gold(theirs, theirs["output"]), -gold(theirs, ours["output"])])
     return scores
 
-
 def dry_run(cfg, pairs, cases):
     """The cost of Claude's verdicts, before anything is asked"""
     if cfg.judge != "claude":
@@ -465,7 +439,6 @@ def dry_run(cfg, pairs, cases):
         return say("no two answers differ: nothing would be asked")
     requests = [build_request(cfg, pairs[i], first) for i, first in cases]
     claude.show_price(requests, ["Output (a)"] * len(requests), batch=cfg.batch_api)
-
 
 def annotation(cfg, pair, verdicts, firsts):
     """A row of annotations.jsonl. Other fields of the reference's row are kept."""
@@ -483,7 +456,6 @@ def annotation(cfg, pair, verdicts, firsts):
     row["verdicts"] = verdicts
     row["shown_first"] = firsts
     return row
-
 
 def ask_judge(cfg, requests):
     """Ask Claude. requests: (pair, output shown first) -> arguments of messages.create. -> replies
@@ -543,7 +515,6 @@ def ask_judge(cfg, requests):
     say(f"{usage['input_tokens']:,} tokens in, {usage['output_tokens']:,} out, {cost} dollars")
     return replies, errors
 
-
 def earlier_replies(cfg, log):
     """What an interrupted run has logged, else what a finished one has written, whose unreadable
     verdicts are asked for again -> list of {case, reply}"""
@@ -554,7 +525,6 @@ def earlier_replies(cfg, log):
         for first, reply in zip(row["shown_first"], row["verdicts"]):
             found.append(dict(case=[i, first], reply=reply))
     return found
-
 
 def encode_pairs(cfg, pairs):
     """--judge=reward_model -> its level; prompts and answers as lists of ids: theirs and ours of
@@ -576,7 +546,6 @@ def encode_pairs(cfg, pairs):
     check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return level, prompts, answers
 
-
 # ---------------------------------------------------------------- winrate
 
 @dataclass(frozen=True)
@@ -585,7 +554,6 @@ class WinrateConfig:
     json: bool = False
     resamples: int = 10_000                     # of the paired bootstrap
     seed: int = 0                               # its draws
-
 
 def read_annotations(path):
     number = (int, float, type(None))
@@ -597,7 +565,6 @@ def read_annotations(path):
             fail(f"{path}: preference must be 1, 2, between them, 0 or null, got "
                  f"{row['preference']} at {row['instruction'][:60]!r}")
     return rows
-
 
 def summary(rows):
     """The figures that `winrate` prints for one file"""
@@ -621,11 +588,9 @@ def summary(rows):
     figures["by_length"] = by_length(scored)
     return figures
 
-
 def longer_by(row):
     """How many characters longer ours is than the reference's answer"""
     return len(row["output_2"]) - len(row["output_1"])
-
 
 def by_length(rows):
     """The win rate in each third of the pairs, sorted by how much longer ours is"""
@@ -637,7 +602,6 @@ def by_length(rows):
             group = {"ours_longer_by": f"{longer_by(third[0])} to {longer_by(third[-1])}"}
             found.append(group | win_rate(row["preference"] for row in third))
     return found
-
 
 def winrate(cfg):
     check_numbers(cfg, resamples=COUNT, seed=ANY)
@@ -660,13 +624,11 @@ def winrate(cfg):
     else:
         tell(figures)
 
-
 # ---------------------------------------------------------------- best
 
 @dataclass(frozen=True)
 class BestConfig:
     data: list[str] = ()                        # run folders
-
 
 def best(cfg):
     """Print "run model" for each run: its model with the highest win rate, of equals the earliest.
@@ -691,7 +653,6 @@ def best(cfg):
                  "python evaluate.py judge")
         print(run.name, max(rates, key=rates.get))
 
-
 def kept_models(run):
     """The folders of a run's models, the earliest first: step_5, step_10, ..., then the run"""
     numbered = []
@@ -700,7 +661,6 @@ def kept_models(run):
         if number.isdigit():
             numbered.append((int(number), folder))
     return [folder for _, folder in sorted(numbered)] + [run]
-
 
 # ---------------------------------------------------------------- rewards
 
@@ -717,7 +677,6 @@ class RewardsConfig:
     seed: int = 0                               # their draws
     overwrite: bool = False
     allow_changed_code: bool = False            # continue although evaluate.py or common.py changed
-
 
 def read_held_out(path, tokenizer, max_tokens):
     """A file of preferences or edits -> dict: data (its path), kind, pairs (row, prompt, better
@@ -752,7 +711,6 @@ def read_held_out(path, tokenizer, max_tokens):
         fail(f"{path}: no pair is left; dropped: {dropped}")
     return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
 
-
 def better_and_worse(row, kind):
     """The names of the fields that hold a pair's better and worse answer"""
     if kind == "edits":
@@ -760,7 +718,6 @@ def better_and_worse(row, kind):
     if row["preference"] == 1:
         return "output_1", "output_2"
     return "output_2", "output_1"
-
 
 @torch.no_grad()
 def score_responses(path, level, prompts, responses, micro_batch, dtype):
@@ -792,7 +749,6 @@ def score_responses(path, level, prompts, responses, micro_batch, dtype):
     r = total(r).tolist()
     return R, [row[:len(ids)] for row, ids in zip(r, responses)]
 
-
 def pair_figures(pairs, R_w, R_l):
     """Accuracy (a tie is half), margin and calibration, next to the rule "the longer answer wins".
     pairs: (row, prompt, w, l); R_w, R_l: rewards of their better and worse answers"""
@@ -806,13 +762,11 @@ def pair_figures(pairs, R_w, R_l):
                 margin_error=margin_error, longer_wins=longer_wins, longer_wins_error=longer_error,
                 calibration=calibration(margins))
 
-
 def half_if_tied(w, l):
     """1 if w is larger, 0 if l is, 0.5 if they are equal"""
     if w == l:
         return 0.5
     return 1.0 if w > l else 0.0
-
 
 def calibration(margins, bins=10):
     """Does sigma(R_w - R_l) mean what it says? The model is confident in the answer with the higher
@@ -832,7 +786,6 @@ def calibration(margins, bins=10):
         ece += len(pairs) * abs(confidence - accuracy)
     return dict(ece=ece / max(1, len(margins)), bins=found)
 
-
 def check_rewards(cfg):
     """What can be wrong before the model is loaded -> level, tokenizer, the held-out files"""
     check_model(cfg.reward_model, "reward_model", "python reward_model.py")
@@ -850,7 +803,6 @@ def check_rewards(cfg):
     longest = max(len(prompt) + max(len(w), len(l)) for _, prompt, w, l in pairs)
     check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return level, tokenizer, files
-
 
 def rewards(cfg):
     level, tokenizer, files = check_rewards(cfg)
@@ -891,7 +843,6 @@ def rewards(cfg):
     else:
         tell({figures["data"]: figures for figures in found})
 
-
 def figures_of_tokens(cfg, pairs, r_w, r_l, tokenizer):
     """{"tokens": ...}: does r_t find what was changed? {} where extras/ was deleted"""
     if not Path(__file__).with_name("extras").exists():
@@ -901,7 +852,6 @@ def figures_of_tokens(cfg, pairs, r_w, r_l, tokenizer):
     tokens = module.token_figures(pairs, r_w, r_l, tokenizer, resamples=cfg.resamples,
                                   seed=cfg.seed)
     return {"tokens": tokens}
-
 
 # ---------------------------------------------------------------- report
 
@@ -914,11 +864,9 @@ class ReportConfig:
     seed: int = 0                               # the bootstrap's draws
     overwrite: bool = False                     # replace a file that is no report of ours
 
-
 def report(cfg):
     check_numbers(cfg, target=(0, 100), seed=ANY)
     extra("report.tables", "evaluate.py report").write_report(cfg)
-
 
 # ---------------------------------------------------------------- the command words
 

@@ -42,7 +42,6 @@ from plumbing.ranks import RANK, WORLD, fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, logged, progress,
                              record_of, save_checkpoint, save_model, save_step, trim_logs)
 
-
 @dataclass(frozen=True)
 class Config:
     policy: str = "out/sft"             # the start of the policy, and the reference
@@ -92,12 +91,10 @@ class Config:
     overwrite: bool = False
     allow_changed_code: bool = False    # continue a run whose stage file or common.py changed
 
-
 # ---------------------------------------------------------------- equations: tensors are [B, T]
 
 def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
-
 
 def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, reward_scale="sum",
                   fixed_length=None, clamp_kl=False, missing_eos_penalty=0.0, ended=None):
@@ -134,7 +131,6 @@ def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, rewa
         kl = kl.clamp(min=0)
     return rewards - kl_coef * kl
 
-
 def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation -> advantages, returns = advantages + values, [B, T] each.
 
@@ -152,7 +148,6 @@ def gae(rewards, values, mask, *, gamma, lam):
         next_value = values[:, t]
     return advantages, advantages + values
 
-
 def whiten(x, mask, *, shift_mean=True):
     """(x - mean) / std over the real tokens of all rows; x is unchanged if std < 1e-8 (population).
     shift_mean=False: x / std, because a constant added to every token rewards longer answers."""
@@ -166,7 +161,6 @@ def whiten(x, mask, *, shift_mean=True):
         x = x - mean
     return (x / std).masked_fill(~mask, 0)
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, *, clip):
     """Clipped surrogate: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = pi / pi_old"""
     mask = mask.bool()
@@ -175,7 +169,6 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, clip):
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.max(unclipped, clipped)
-
 
 def value_loss(values, old_values, returns, mask, *, clip):
     """1/2 max of the squared errors of V and of V clipped to old V +- clip; None: no clipping"""
@@ -189,7 +182,6 @@ def value_loss(values, old_values, returns, mask, *, clip):
         errors = torch.max(errors, (clipped - returns) ** 2)
     return 0.5 * errors
 
-
 def next_kl_coef(kl_coef, kl, target):
     """AlpacaFarm's adaptive KL: b <- b (1 + 0.1 clip(KL / target - 1, -0.2, 0.2)); None: b stays"""
     if target is None:
@@ -197,14 +189,12 @@ def next_kl_coef(kl_coef, kl, target):
     error = min(0.2, max(-0.2, kl / target - 1))
     return kl_coef * (1 + 0.1 * error)
 
-
 def learning_rate(cfg, step, rows):
     """Linear warm-up, then linear to 0 over lr_epochs epochs of the prompts (AlpacaFarm's)"""
     steps = max(cfg.lr_epochs * rows / cfg.rollout_batch, cfg.warmup_steps + 1)
     warm_up = min(1, (step + 1) / max(1, cfg.warmup_steps))
     decay = min(1, max(0, (steps - step) / (steps - cfg.warmup_steps)))
     return cfg.lr * warm_up * decay
-
 
 # ---------------------------------------------------------------- one step
 
@@ -235,12 +225,10 @@ def roll_out(policy, tokenizer, prompts, cfg, step, device):
     lengths = total(lengths).tolist()
     return [row[:length] for row, length in zip(ids, lengths)]
 
-
 def optimizer_batches(cfg, step, epoch):
     """The rows of the rollout batch in a new order, cut into batches: the same on every rank"""
     order = epoch_order(cfg.rollout_batch, cfg.seed, "step", step, "epoch", epoch)
     return [order[i:i + cfg.batch] for i in range(0, len(order), cfg.batch)]
-
 
 @torch.no_grad()
 def score(function, parts, prompts, responses, device):
@@ -255,7 +243,6 @@ def score(function, parts, prompts, responses, device):
             output[part, :x.shape[1]] = x
     return total(output)
 
-
 def stop_if(bad, what, step, numbers, cfg):
     """Exits and names the rows with NaN or inf. bad [rows] bool, the same on every rank."""
     if bad.any():
@@ -264,7 +251,6 @@ def stop_if(bad, what, step, numbers, cfg):
             rows = rows[:8] + ["..."]
         fail(f"step {step}: {what} not finite in row(s) {', '.join(rows)} of {cfg.data}; what was "
              f"saved before in {cfg.out} is kept. Lower --lr, or look at the rows")
-
 
 def update(models, optimizer, rollout, cfg, step, lr, device):
     """ppo_epochs over the rollout batch -> means over all real tokens of the step. All ranks.
@@ -333,7 +319,6 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
     stats["grad_norm"] = sum(norms) / len(norms)
     return stats
 
-
 def samples(tokenizer, step, rows, responses, r, R):
     """The first three responses with their rewards, for samples.jsonl. r [rows, T], R [rows]"""
     entries = []
@@ -343,7 +328,6 @@ def samples(tokenizer, step, rows, responses, r, R):
         entry |= dict(token_rewards=token_rewards[:len(ids)].tolist(), reward=reward.item())
         entries.append(entry)
     return entries
-
 
 # ---------------------------------------------------------------- the stage
 
@@ -382,7 +366,6 @@ def check(cfg):
     check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
     return tokenizer, reward_model_level
 
-
 def resume(cfg, models, optimizer, tokenizer, dtype, last_lr):
     """Load the newest checkpoint, if there is one -> steps done, their rows of metrics.jsonl"""
     done = load_checkpoint(cfg.out, models, optimizer)
@@ -394,7 +377,6 @@ def resume(cfg, models, optimizer, tokenizer, dtype, last_lr):
     trim_logs(cfg.out, done)
     history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
     return done, history
-
 
 def main(cfg):
     if cfg.plan:
@@ -539,7 +521,6 @@ def main(cfg):
     save_model(policy, tokenizer, cfg.out, dtype)  # all ranks
     finish(cfg, config=vars(cfg))
     say(f"{cfg.out}: done")
-
 
 if __name__ == "__main__":
     main(load_config(Config, "ppo"))

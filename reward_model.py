@@ -41,7 +41,6 @@ from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, record_of,
                              save_checkpoint, save_model, trim_logs)
 
-
 @dataclass(frozen=True)
 class Config:
     model: str = "out/sft"          # backbone: the SFT model; it gets a new head of zeros
@@ -71,7 +70,6 @@ class Config:
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
-
 # ---------------------------------------------------------------- the equations
 
 def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
@@ -87,7 +85,6 @@ def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
     u0_w = mean_rewards(r_w.masked_fill(in_u1_w, 0), response_w)
     u0_l = mean_rewards(r_l.masked_fill(in_u1_l, 0), response_l)
     return u0_w - u0_l, u1_w, u1_l
-
 
 def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss, anchor=0.0):
     """Loss of each pair [B]; arguments as in pair_terms. loss: "sequence", "eq3" [3] or "eq4" [4].
@@ -113,7 +110,6 @@ def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss,
         losses = losses + anchor * (squares_w + squares_l) / tokens
     return losses
 
-
 def margins(scored, level):
     """R_w - R_l of each pair, [B]. scored: what score_pairs returns"""
     r_w, response_mask_w, _, r_l, response_mask_l, _ = scored
@@ -121,12 +117,10 @@ def margins(scored, level):
     R_l = total_rewards(r_l, response_mask_l, level)
     return R_w - R_l
 
-
 def hits(margin):
     """Accuracy of each pair, [B]: 1 if w has the higher reward, 0 if l has, 0.5 for a tie"""
     w_is_higher = (margin > 0).to(margin.dtype)
     return torch.where(margin == 0, 0.5, w_is_higher)
-
 
 # ---------------------------------------------------------------- pairs
 
@@ -151,7 +145,6 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
     if not fitting:
         fail(f"--{flag}={path}: no pair fits in max_tokens={max_tokens}")
     return fitting, len(pairs)
-
 
 def read_diffs(path, flag, tokenizer):
     """Pairs from diff.py's output: w is the edited answer, l the original. fail() if they were made
@@ -180,7 +173,6 @@ def read_diffs(path, flag, tokenizer):
             fail(f"{path}:{number}: holds ids that no token has; {again}")
     return pairs
 
-
 def read_preferences(path, tokenizer):
     """Pairs from a file of preferences (pref.jsonl): w is the preferred answer. Nothing is known
     about their tokens, so all count as changed. An answer that `cut` names gets no EOS."""
@@ -198,18 +190,15 @@ def read_preferences(path, tokenizer):
         pairs.append((prompt, w, l, [1] * len(w), [1] * len(l)))
     return pairs
 
-
 def pair_length(pair):
     """Positions that a pair needs: its prompt and the longer answer"""
     prompt, w, l, _, _ = pair
     return len(prompt) + max(len(w), len(l))
 
-
 def pair_cost(pair):
     """Tokens that a pair costs: its prompt, once, and both answers"""
     prompt, w, l, _, _ = pair
     return len(prompt) + len(w) + len(l)
-
 
 # ---------------------------------------------------------------- rewards of pairs
 
@@ -217,7 +206,6 @@ def padded(rows, filler, device):
     """Lists of different lengths -> a tensor [rows, longest], with filler after their ends"""
     longest = max(map(len, rows))
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
-
 
 def score_pairs(model, pairs, device):
     """Both answers of each pair, in two rows -> r_w, response_mask_w, changed_w, r_l,
@@ -228,14 +216,12 @@ def score_pairs(model, pairs, device):
     changed = padded(changed_w + changed_l, 0, device)                            # [2B, T]
     return both_sides(r, response_mask, changed)
 
-
 def both_sides(r, response_mask, changed):
     """[2B, T] each, with w in rows 0..B-1 -> r_w, response_mask_w, changed_w, and the same of l"""
     B = len(r) // 2
     w = r[:B], response_mask[:B], changed[:B]
     l = r[B:], response_mask[B:], changed[B:]
     return *w, *l
-
 
 # ---------------------------------------------------------------- the same, faster
 
@@ -291,7 +277,6 @@ def score_pairs_shared_prompt(model, pairs, device):
     changed = padded(changed_w + changed_l, 0, device)                            # [2B, T]
     return both_sides(r, response_mask, changed)
 
-
 def rows_of_prompts(prompts, answers):
     """One row for each different prompt, with its answers after it -> list of dict(ids, positions,
     branches); and for each answer the number of its row and the column where it starts"""
@@ -316,7 +301,6 @@ def rows_of_prompts(prompts, answers):
         row["branches"] += [branch] * len(answer)
     return rows, row_numbers, starts
 
-
 def prompt_can_be_shared(model):
     """Is the mask of score_pairs_shared_prompt exact for this model? Only with full attention in
     every layer, computed by torch's sdpa. A sliding window is a mask of its own, which ours would
@@ -333,11 +317,9 @@ def prompt_can_be_shared(model):
         return False
     return config._attn_implementation == "sdpa"
 
-
 def fastest_scorer(model):
     """score_pairs_shared_prompt where it is exact, score_pairs for all other models"""
     return score_pairs_shared_prompt if prompt_can_be_shared(model) else score_pairs
-
 
 # ---------------------------------------------------------------- figures
 
@@ -353,7 +335,6 @@ def figure_sums(scored, losses, level):
     figures |= dict(u0=u0, u1_w=u1_w, u1_l=u1_l)
     figures["r_eos"] = (r_eos_w + r_eos_l) / 2
     return {name: figure.double().sum() for name, figure in figures.items()}
-
 
 @torch.no_grad()
 def held_out_figures(model, pairs, cfg, device):
@@ -374,7 +355,6 @@ def held_out_figures(model, pairs, cfg, device):
     means = total(sums) / len(pairs)  # all ranks
     accuracy, margin, loss = means.tolist()
     return dict(eval_accuracy=accuracy, eval_margin=margin, eval_loss=loss)
-
 
 # ---------------------------------------------------------------- the stage
 
@@ -406,7 +386,6 @@ def check(cfg):
              "sequence-level model needs one as its pad. Train a token-level one: --loss=eq4")
     return tokenizer, pairs, count, held_out
 
-
 def sequence_pad(tokenizer):
     """The id to pad a sequence-level model's input with, or None. transformers reads the score at
     the last id that is not pad. So pad is neither EOS nor a token that text can contain."""
@@ -419,7 +398,6 @@ def sequence_pad(tokenizer):
         if id not in ids:
             return id
     return None
-
 
 def main(cfg):
     # ---------------------------------------------------------------- inputs
@@ -503,7 +481,6 @@ def main(cfg):
     save_model(model, tokenizer, cfg.out, dtype, sequence_pad=pad)  # all ranks
     finish(cfg, keep_checkpoint=False)
     say(f"{cfg.out}: done")
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["show"]:

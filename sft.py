@@ -25,7 +25,6 @@ from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, save_checkpoint,
                              save_model, trim_logs)
 
-
 @dataclass(frozen=True)
 class Config:
     model: str = "huggyllama/llama-7b"      # folder or hub name; no weights: new ones, from seed
@@ -46,7 +45,6 @@ class Config:
     seed: int = 0                   # order of rows, new weights
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
-
 
 def check(cfg):
     """What can be wrong before a model is loaded -> tokenizer, the rows of --data, and those that
@@ -83,7 +81,6 @@ def check(cfg):
         say(f"warning: no reward model can be made of --model={cfg.model} ({config.model_type}): "
             "reward_model.py and ppo.py need attention layers and transformers' token classifier")
     return tokenizer, rows, numbers, prompts, responses
-
 
 def main(cfg):
     # ---------------------------------------------------------------- inputs
@@ -148,7 +145,6 @@ def main(cfg):
     save_model(model, tokenizer, cfg.out, dtype)  # all ranks
     finish(cfg, keep_checkpoint=False)
     say(f"{cfg.out}: done")
-
 
 if __name__ == "__main__":
     main(load_config(Config, "sft"))

@@ -3,12 +3,10 @@ This reserves its memory once and writes into it. Any Cache with batch_select_in
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-
 def in_place_cache(config, room):
     """An empty Cache for a model of this config; room: the most tokens of a row, with padding"""
     layers = config.get_text_config().num_hidden_layers
     return Cache(layers=[InPlaceLayer(room) for _ in range(layers)])
-
 
 class InPlaceLayer(DynamicLayer):
     """keys and values [B, heads, room, size], of which the first rows and columns are in use"""

@@ -37,14 +37,12 @@ NETWORK = ("http_proxy https_proxy all_proxy no_proxy ssl_cert_file ssl_cert_dir
            "anthropic_base_url").split()
 PATIENCE = 60         # give up after this many failed polls per batch (about an hour)
 
-
 class Reply(NamedTuple):
     text: str | None = None         # None: no reply came
     stop_reason: str | None = None
     usage: dict | None = None       # input_tokens, output_tokens
     error: str | None = None        # why no reply came
     again: bool = False             # can asking once more help?
-
 
 # ---------------------------------------------------------------- one reply
 
@@ -58,13 +56,11 @@ def read_message(message):
     except (AttributeError, TypeError):  # the SDK checks nothing: an HTML page arrives as a str
         return Reply(error="broken reply", again=True)
 
-
 def read_error(error):
     """An error of the SDK -> Reply. An error without a status (a timeout, a dropped connection, a
     broken body) counts as a 500."""
     status = getattr(error, "status_code", 500)
     return Reply(error=in_one_line(error), again=status in (408, 409, 429) or status >= 500)
-
 
 def in_one_line(error):
     """An error of the SDK in words: status, kind, the service's own message; never a header"""
@@ -75,7 +71,6 @@ def in_one_line(error):
     kind = inner.get("type") or type(error).__name__
     words = f"{status} {kind} {inner.get('message') or ''}"
     return " ".join(words.split())[:200]
-
 
 # ---------------------------------------------------------------- the client and Ctrl-C
 
@@ -96,14 +91,12 @@ def claude_client(timeout=600.0, retries=5, *, dry_run=False):
              f"({' '.join(str(error).split())[:150]}); correct or unset them")
     return client if client.api_key or client.auth_token or client.credentials else None
 
-
 def bound_wait(response):
     """No retry-after above MAX_WAIT; one that is not a number (a date) becomes MAX_WAIT"""
     for name, longest in (("retry-after", MAX_WAIT), ("retry-after-ms", 1000 * MAX_WAIT)):
         given = response.headers.get(name, "0")
         if not re.fullmatch(r"\d+(\.\d+)?", given) or float(given) > longest:
             response.headers[name] = str(longest)
-
 
 @contextmanager
 def stopping():
@@ -124,7 +117,6 @@ def stopping():
         for number, old in before.items():
             signal.signal(number, old)
 
-
 # ---------------------------------------------------------------- many requests
 
 def ask_claude(requests, ask_once, stop, *, concurrency=16, timeout=600.0, retries=5,
@@ -142,7 +134,6 @@ def ask_claude(requests, ask_once, stop, *, concurrency=16, timeout=600.0, retri
         yield from ask_in_batches(client, requests, stop, batches)
     else:
         yield from ask_in_parallel(client, requests, ask_once, stop, concurrency)
-
 
 def ask_in_parallel(client, requests, ask_once, stop, concurrency):
     """`concurrency` requests at a time. An error that every request would meet ends the run, and so
@@ -190,14 +181,12 @@ def ask_in_parallel(client, requests, ask_once, stop, concurrency):
     if not stop.is_set():
         yield from unreached
 
-
 def concerns_all(error, any_reply):
     """Would every other request end with this error? A bad key or an empty account; and, while no
     request has succeeded, a payment, permission or address problem."""
     if re.match("401 |400 .*(prefill|credit balance)", error):
         return True
     return not any_reply and bool(re.match("40[234] ", error))
-
 
 def ask_until_read(keys, build, ask, take, stop, *, attempts, name, count=None):
     """Ask for every key; then ask again, up to `attempts` times in all, for those whose reply
@@ -221,7 +210,6 @@ def ask_until_read(keys, build, ask, take, stop, *, attempts, name, count=None):
                 bar.update()
         keys = left
     return keys
-
 
 # ---------------------------------------------------------------- the Batches API
 
@@ -250,7 +238,6 @@ def ask_in_batches(client, requests, stop, path):
         if batch["id"]:
             say(f"sent {batch['id']}: {len(keys)} requests")
     yield from read_batches(client, requests, stop, path, ledger)
-
 
 def read_batches(client, requests, stop, path, ledger):
     """Poll the batches until each is read; yields (key, Reply)"""
@@ -289,27 +276,22 @@ def read_batches(client, requests, stop, path, ledger):
         stop.wait(pause)
         pause = min(1.5 * pause, PAUSES[1])
 
-
 def read_ledger(path):
     return json.loads(Path(path).read_text()) if Path(path).exists() else []
-
 
 def write_ledger(path, ledger):
     with replacing(path) as file:
         json.dump(ledger, file)
 
-
 def under_way(path):
     """The keys that the Batches API works on, paid for, from the ledger at `path`"""
     return {key for batch in read_ledger(path) for key in batch["keys"]}
-
 
 def trouble():
     """The errors of a call to the Batches API; the last two come from broken replies"""
     import anthropic
     import httpx2
     return (anthropic.AnthropicError, httpx2.HTTPError, ValueError, AttributeError, TypeError)
-
 
 def chunks(requests):
     """Lists of keys, each within the bounds of one batch"""
@@ -325,7 +307,6 @@ def chunks(requests):
         size += length
     if keys:
         yield keys
-
 
 def send(client, batch, ledger, requests, stop):
     """-> the batch's id. The SDK must not retry: if its answer were lost, the batch would be made,
@@ -345,7 +326,6 @@ def send(client, batch, ledger, requests, stop):
         if found:
             return found
 
-
 def find(client, batch, ledger):
     """The id of a batch that was sent without reading the answer: of that size, made since, not
     known. None: it never arrived"""
@@ -363,7 +343,6 @@ def find(client, batch, ledger):
         fail(f"the Batches API: {in_one_line(error)}; a batch may be under way: the same command "
              "looks for it")
 
-
 def read(client, batch):
     """custom_id -> result, or None while the batch is being worked on. A 404 means that a batch is
     gone only after the time for which it is kept; before, it is an error that may pass."""
@@ -378,7 +357,6 @@ def read(client, batch):
             return {}
         raise
 
-
 def outcome(result):
     """A batch's result for one row -> Reply. None: the batch ended without one"""
     if result is not None and result.type == "succeeded":
@@ -389,13 +367,11 @@ def outcome(result):
     words = " ".join(" ".join(map(str, words)).split())[:200]
     return Reply(error=words, again="invalid_request" not in words)
 
-
 # ---------------------------------------------------------------- the price
 
 def price_of(model):
     """(dollars per million tokens in, out, month), or None"""
     return PRICES.get(re.sub(r"-20\d{6}$", "", model))
-
 
 def dollars(model, usage, batch=False):
     """What tokens cost, or None for a model that is not in PRICES"""
@@ -404,7 +380,6 @@ def dollars(model, usage, batch=False):
         return None
     cost = (price[0] * usage["input_tokens"] + price[1] * usage["output_tokens"]) / 1e6
     return cost / 2 if batch else cost
-
 
 def show_price(requests, answers, *, batch=False):
     """--dry_run=true: requests, tokens, dollars and the first prompt, before anything is asked.
@@ -432,7 +407,6 @@ def show_price(requests, answers, *, batch=False):
     for turn in turns:
         if turn["content"]:
             say(f"\n--- first prompt, {turn['role']}:\n{plain(turn['content'])}")
-
 
 def count_input_tokens(requests):
     """-> tokens, how they were counted: by the API, on at most 100 requests and scaled by length,

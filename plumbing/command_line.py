@@ -19,7 +19,6 @@ PATHS = ("data out model policy reward_model eval_data tokenizer outputs referen
 MANY_PROCESSES = "sft reward_model ppo evaluate.decode evaluate.judge evaluate.rewards".split()
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
-
 def load_config(Config, table, argv=None):
     """Config from its defaults, then the presets and flags of argv; later values win.
 
@@ -64,7 +63,6 @@ def load_config(Config, table, argv=None):
             fail(f"command line: --{name} is empty; write a path, or leave it out")
     return Config(**values)
 
-
 def check_word(word, table):
     """fail() if a positional argument is no file, but like a command word (stats, show)"""
     words = [name.removeprefix(f"{table}.") for name in TABLES if name.startswith(f"{table}.")]
@@ -72,7 +70,6 @@ def check_word(word, table):
     if near and not Path(word).exists():
         fail(f"command line: no file {word!r}. Did you mean the word {near[0]!r}? It comes first: "
              f"python {Path(sys.argv[0]).name} {near[0]} ...")
-
 
 def read_flag(word, words, kinds):
     """--name=value, --name value or a bare --name of a bool -> name, text. Takes the value from
@@ -87,7 +84,6 @@ def read_flag(word, words, kinds):
         fail(f"command line: --{name} needs a value: write --{name}=value")
     return name, words.pop(0)
 
-
 def known(name, kinds, where):
     """The field that a flag or a preset names, with - for _"""
     field = name.replace("-", "_")
@@ -95,11 +91,9 @@ def known(name, kinds, where):
         fail(f"{where}: unknown option {name!r}" + did_you_mean(field, kinds))
     return field
 
-
 def did_you_mean(name, names, form="{!r}"):
     near = difflib.get_close_matches(name, names, 1)
     return f". Did you mean {form.format(near[0])}?" if near else f"; there are: {', '.join(names)}"
-
 
 def read_preset(path, table):
     """field -> value of one [table] of a preset. A table that no stage reads is an error."""
@@ -124,7 +118,6 @@ def read_preset(path, table):
     fields = tables.get(table, {}).items()
     return {name: value for name, value in fields if not isinstance(value, dict)}
 
-
 def parse(name, given, kind, where):
     """A value as the field's annotated type, never guessed from the text itself.
 
@@ -146,7 +139,6 @@ def parse(name, given, kind, where):
     item_kind = typing.get_args(kind)[0]
     return [parse_text(name, item, item_kind, where) for item in items]
 
-
 def parse_text(name, text, kind, where):
     """A text as a bool, an int, a float, a str, one of a Literal's words, or None"""
     args = typing.get_args(kind)
@@ -165,7 +157,6 @@ def parse_text(name, text, kind, where):
         hint = " (true or false)" if kind is bool else ""
         fail(f"{where} must be {kind.__name__}{hint}, got {text!r}")
 
-
 def extra(name, needed_by=""):
     """A module of extras/: extra("memory.plan", "--plan"). If the folder is missing: one line that
     says what needs it, or None if nothing does."""
@@ -177,7 +168,6 @@ def extra(name, needed_by=""):
         if not needed_by:
             return None
         fail(f"{needed_by} needs the folder extras/ of this project, which is missing here")
-
 
 def one_line(kind, error, trace):
     """sys.excepthook: Ctrl-C and a full or read-only disk are one line, not a traceback"""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from plumbing.ranks import fail
 
-
 def read_jsonl(path, fields):
     """The rows of a JSONL file, or of a JSON array (list of dict). fields: name -> kind, as in
     fits(); unknown fields are kept, a missing `input` is "". A malformed row ends the run with
@@ -33,17 +32,14 @@ def read_jsonl(path, fields):
         fail(f"{path}: no rows in it")
     return [row for _, row in rows]
 
-
 def no_constant(word):
     raise ValueError(f"{word} is not JSON; write null, or leave the field out")
-
 
 def write_jsonl(path, rows):
     """One object per line. Written to a temporary file, then renamed: never half-written."""
     with replacing(path) as file:
         for row in rows:
             file.write(whole_characters(json.dumps(row, ensure_ascii=False)) + "\n")
-
 
 @contextmanager
 def replacing(path):
@@ -56,11 +52,9 @@ def replacing(path):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
 def whole_characters(text):
     """Replace lone surrogates by "?": they occur in JSON and cannot be written as UTF-8"""
     return text.encode("utf-8", "replace").decode()
-
 
 def check_row(row, fields, where):
     """fail() unless the row is an object with these fields (name -> kind, as in fits()) or more"""
@@ -74,7 +68,6 @@ def check_row(row, fields, where):
     if not fits(row.get("cut"), (list, type(None))):
         fail(f"{where}: cut must be a list of field names, got {json.dumps(row['cut'])[:60]}")
 
-
 def fits(value, kind):
     """kind: None (anything), a type, a literal value, or a tuple of these. A bool is not an int."""
     if isinstance(kind, tuple):
@@ -85,19 +78,16 @@ def fits(value, kind):
         return isinstance(value, kind)
     return kind is None or value == kind
 
-
 def kind_name(kind):
     """A kind of fits() in words: "str or null" """
     if isinstance(kind, tuple):
         return " or ".join(map(kind_name, kind))
     return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
-
 def check_input(path, flag, made_by):
     """fail() unless the file or folder exists; made_by is the command that makes it"""
     if not Path(path).exists():
         fail(f"--{flag}={path} does not exist; make it with: {made_by}")
-
 
 # Ranges of numbers, both ends included: (least, most).
 COUNT = (1, math.inf)
@@ -105,7 +95,6 @@ AT_LEAST_0 = (0, math.inf)
 ABOVE_0 = (math.ulp(0.0), math.inf)
 SHARE = (0, 1)
 ANY = (-math.inf, math.inf)
-
 
 def check_numbers(cfg, **ranges):
     """fail() unless each field is None or a finite number in its range: check_numbers(cfg, lr=...)"""

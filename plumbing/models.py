@@ -11,7 +11,6 @@ from plumbing.ranks import fail
 
 RECURRENT = re.compile("conv|mamba|ssm|A_log|linear_attn|recurrent|time_mix|rglru")
 
-
 def check_model(path, flag, made_by, *, weights=True):
     """fail() unless path is a Hugging Face folder, or org/name on the hub (org is no local folder).
     weights: True, False (config and tokenizer are enough), or "new" (it may be given new ones)."""
@@ -29,12 +28,10 @@ def check_model(path, flag, made_by, *, weights=True):
     if weights != "new":
         fail(f"--{flag}={path} holds no weights (no .safetensors); make it with: {made_by}")
 
-
 def is_on_hub(path):
     org = str(path).partition("/")[0]
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
     return bool(named) and org not in ("out", "data") and not Path(org).exists()
-
 
 def meta_model(config, head):
     """The modules and shapes of a model, without memory. None: transformers has no such class for
@@ -50,12 +47,10 @@ def meta_model(config, head):
     known = hasattr(model.base_model, "layers") and (not head or hasattr(model, "score"))
     return model if known else None
 
-
 def recurrent_layer(model):
     """The first tensor of a layer that is not attention, or None"""
     names = (name for name, _ in model.base_model.layers.named_parameters())
     return next(filter(RECURRENT.search, names), None)
-
 
 def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     """fail() unless common.load_model(path, head=head) gives the folder's own model, with positions
@@ -89,12 +84,10 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     if headers and not is_on_hub(path):
         headers.check_headers(path, flag, model, head)
 
-
 def check_loaded(path, model, head, info):
     """fail() unless transformers has found all weights: what it reports after loading"""
     reshaped = [name for name, *_ in info["mismatched_keys"]]
     compare(path, "model", model, head, info["missing_keys"], info["unexpected_keys"], reshaped)
-
 
 def compare(path, flag, model, head, missing, unexpected, reshaped):
     """fail() unless the names are those that may differ: one line with how many weights, the first

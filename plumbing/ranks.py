@@ -7,7 +7,6 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-
 def fail(message):
     """One line on stderr, then exit code 2. All ranks hit the same error; only rank 0 prints it."""
     if RANK > 0:
@@ -17,17 +16,18 @@ def fail(message):
     print("".join(safe), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
-
-def say(*words):  # print on rank 0, above the progress bar
+def say(*words):
+    """Print on rank 0, above the progress bar. A closed pipe (`| head`) does not end the run."""
     if RANK == 0:
-        tqdm.write(" ".join(map(str, words)))
-        sys.stdout.flush()
-
+        try:
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # from now on stdout goes nowhere
 
 def barrier():  # all ranks
     if dist.is_initialized():
         dist.barrier()
-
 
 def total(x, op="sum"):
     """Sum (or max) of a tensor over the ranks. All ranks."""

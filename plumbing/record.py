@@ -25,15 +25,12 @@ FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 LOCKS = []  # open until the process ends, however it ends: the kernel then releases them
 
-
 def is_file(out):
     """An output is a file if its suffix says so: edits.jsonl, but not out/rm_0.3 or out/sft.tiny"""
     return Path(out).suffix in (".jsonl", ".json", ".html", ".md")
 
-
 def record_path(out):
     return Path(f"{out}.run.json") if is_file(out) else Path(out, "run.json")
-
 
 def record_of(out):
     """The run.json of a run's output, {} if there is none"""
@@ -42,7 +39,6 @@ def record_of(out):
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         fail(f"{path} is torn or no record of a run; remove it, or choose another --out")
-
 
 def fingerprint(path, pieces=16):
     """Of a file: a hash of its content. Of a model's folder: a hash of the record of its training,
@@ -65,7 +61,6 @@ def fingerprint(path, pieces=16):
                     digest.update(opened.read(1 << 16))
     return digest.hexdigest()[:16]
 
-
 def code_hashes(cfg, stage):
     """{"ppo": hash, "common": hash}: the code of a run. The stage's file is the one that defines
     cfg's Config, so a copy under another file name is the same stage."""
@@ -73,7 +68,6 @@ def code_hashes(cfg, stage):
     if "common" in sys.modules:
         files["common"] = Path(sys.modules["common"].__file__)
     return {name: code_hash(file) for name, file in files.items()}
-
 
 def code_hash(path):
     """A hash of a file's syntax tree without docstrings: comments and layout do not count"""
@@ -84,7 +78,6 @@ def code_hash(path):
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
-
 def git(*words):
     """The output of a git command in the project, "" without git"""
     command = ["git", "-C", Path(__file__).parent, *words]
@@ -92,7 +85,6 @@ def git(*words):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
 
 # ---------------------------------------------------------------- begin and finish a run
 
@@ -143,7 +135,6 @@ def begin(cfg, stage, *, unimportant=(), inputs=(), beside=(), paid=False, **fac
         json.dump(new, file, indent=1)
     return False
 
-
 def finish(cfg, *, keep_checkpoint=True, **facts):
     """Mark the run as finished in its run.json; keep its last checkpoint or delete it (rank 0)"""
     if RANK == 0:
@@ -154,7 +145,6 @@ def finish(cfg, *, keep_checkpoint=True, **facts):
         if not keep_checkpoint:
             for folder in Path(cfg.out).glob("checkpoint_*"):
                 shutil.rmtree(folder)
-
 
 def take(cfg, inputs):
     """Lock cfg.out. fail() if it is in use, holds an input, or is not of the usual kind"""
@@ -184,11 +174,9 @@ def take(cfg, inputs):
             raise
         say(f"warning: no locks on this file system; do not start two runs with --out={out}")
 
-
 def results(out):
     """What runs of ours write, and --overwrite removes -> list of paths"""
     return [out] if is_file(out) else [path for name in RESULTS for path in out.glob(name)]
-
 
 def what_is_left(out, beside):
     """What is there of an unfinished run, or of somebody else -> list of paths"""
@@ -197,7 +185,6 @@ def what_is_left(out, beside):
         return [path for path in paths if path.exists() and path.stat().st_size]
     ignored = (*beside, "run.json")
     return [path for path in out.glob("*") if path.name not in ignored and path.suffix != ".lock"]
-
 
 def refuse_changes(cfg, stage, old, new, unimportant, paid):
     """fail() with the fields, inputs or code that differ from the earlier run's. Changed code is a
@@ -229,12 +216,10 @@ def refuse_changes(cfg, stage, old, new, unimportant, paid):
         fail(f"{names} changed since {cfg.out} was begun; choose another --out, keep what is there "
              "(--allow_changed_code=true) or start again (--overwrite=true)")
 
-
 def progress(steps, name, count):
     """tqdm on rank 0, counted from the start of the run, not of this process"""
     return tqdm(steps, name, count, initial=count - len(steps), disable=True if RANK else None,
                 mininterval=1, dynamic_ncols=True)
-
 
 def log_metrics(out, row, shown=None):
     """Write a row to metrics.jsonl and print it (the fields shown; None: all) (rank 0)"""
@@ -242,7 +227,6 @@ def log_metrics(out, row, shown=None):
         with open(Path(out, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         say(" | ".join(f"{name} {row[name]:.4g}" for name in shown or row if name in row))
-
 
 def logged(path):
     """The rows of a metrics.jsonl or samples.jsonl, without the torn last line of a killed run"""
@@ -252,13 +236,11 @@ def logged(path):
     except ValueError as error:
         fail(f"{path} is damaged ({error}); remove the line, or start again with --overwrite=true")
 
-
 def trim_logs(out, done):
     """Remove what was logged after the last checkpoint: those steps are done again (rank 0)"""
     for path in (Path(out, "metrics.jsonl"), Path(out, "samples.jsonl")):
         if RANK == 0 and path.exists():
             write_jsonl(path, [row for row in logged(path) if row["step"] < done])
-
 
 # ---------------------------------------------------------------- checkpoints and models. All ranks
 
@@ -269,7 +251,6 @@ def training_state(models, optimizer):
     tensors = {name: value for name, value in {**weights, **moments}.items()
                if name in kept and isinstance(value, torch.Tensor)}
     return weights, moments, tensors
-
 
 def save_checkpoint(out, step, models, optimizer):
     """<out>/checkpoint_<step>/, each rank its shard; the earlier checkpoint is then deleted"""
@@ -285,7 +266,6 @@ def save_checkpoint(out, step, models, optimizer):
             shutil.rmtree(folder)
     barrier()
 
-
 def load_checkpoint(out, models, optimizer):
     """Fill models and optimizer from the newest checkpoint -> its step, 0 without one"""
     steps = [int(folder.name.split("_")[1]) for folder in Path(out).glob("checkpoint_*")]
@@ -296,7 +276,6 @@ def load_checkpoint(out, models, optimizer):
         states.set_state_dict(models, optimizer, model_state_dict=weights, optim_state_dict=moments,
                               options=FLAT)
     return max(steps, default=0)
-
 
 def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
     """A Hugging Face folder that other tools load; all its files name the same eos. config.json
@@ -326,7 +305,6 @@ def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
             os.replace(file, Path(out, file.name))
         folder.rmdir()
     barrier()
-
 
 def save_step(model, tokenizer, out, step, dtype):
     """<out>/step_<step>/: the model as it was then. It exists only when complete."""

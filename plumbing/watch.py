@@ -1,5 +1,5 @@
-"""What ppo.py shows next to its rewards and losses, and how it handles SIGTERM and a full disk."""
-import json, resource, shutil, signal
+"""What ppo.py shows next to its rewards and losses; how a training handles signals, a full disk."""
+import contextlib, json, os, resource, shutil, signal, time
 from pathlib import Path
 
 import torch
@@ -8,8 +8,7 @@ from plumbing.paint import paint
 from plumbing.ranks import RANK, fail, say, total
 from plumbing.record import save_checkpoint
 
-TOLD_TO_STOP = []  # not empty after SIGTERM
-
+TOLD_TO_STOP = []  # the signal's number and its time, after Ctrl-C or SIGTERM
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) over the real tokens, [B, T] each: 1 if V predicts
@@ -29,14 +28,12 @@ def explained_variance(values, returns, mask):
         figures[name] = (1 - unexplained / variance).item() if known else 0.0
     return figures
 
-
 def peak_gb(device):
     """Peak memory of the fullest rank so far, in GB: of the GPU, or of the process. All ranks."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return total(torch.tensor(peak / 1e9, device=device), "max").item()
-
 
 def save_samples(out, samples):
     """Add ppo.samples() to samples.jsonl, and print the first one coloured by its r_t (rank 0)"""
@@ -49,20 +46,30 @@ def save_samples(out, samples):
         say(f"R = {first['reward']:+.3f} for {json.dumps(first['instruction'])[:80]}:",
             paint(first["tokens"], first["token_rewards"], scale))
 
+def listen_for_signals():
+    """From now on Ctrl-C and SIGTERM are obeyed by stop_if_told(); a second one ends at once"""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_signal)
 
-def listen_for_sigterm():
-    signal.signal(signal.SIGTERM, lambda *_: TOLD_TO_STOP.append(True))
-
+def note_signal(number, _):
+    now = time.monotonic()
+    if not TOLD_TO_STOP:
+        TOLD_TO_STOP.extend((number, now))
+        with contextlib.suppress(OSError):  # stderr may be a closed pipe
+            os.write(2, b"\nstopping: a checkpoint is written first (again: stop at once)\n")
+    elif now - TOLD_TO_STOP[1] > 0.5:  # a scheduler sends one stop to torchrun and to its processes
+        os._exit(128 + number)
 
 def stop_if_told(cfg, step, saved, models, optimizer, device):
-    """After SIGTERM to any rank: save a checkpoint of `step` steps and exit. All ranks."""
-    if total(torch.tensor(len(TOLD_TO_STOP), device=device), "max") > 0:
+    """After a signal to any rank: save a checkpoint of `step` steps and exit. All ranks."""
+    number = int(total(torch.tensor((TOLD_TO_STOP or [0])[0], device=device), "max"))
+    if number:
         if step != saved:
             save_checkpoint(cfg.out, step, models, optimizer)
-        without = " (without --overwrite)" if cfg.overwrite else ""
-        say(f"SIGTERM: stopped after {step} steps; the same command continues from there{without}")
-        raise SystemExit(128 + signal.SIGTERM)
-
+        without = " without --overwrite" if cfg.overwrite else ""
+        say(f"{signal.Signals(number).name}: stopped after {step} steps; the same command{without} "
+            f"continues with step {step}")
+        raise SystemExit(128 + number)
 
 def check_start(cfg, done, last_lr):
     """What can be wrong with continuing after `done` steps, or with the last learning rate"""
@@ -72,7 +79,6 @@ def check_start(cfg, done, last_lr):
         fail(f"{cfg.out} has a checkpoint, but no metrics.jsonl to continue; use --overwrite=true")
     if cfg.lr and last_lr == 0:
         say(f"ALARM: the learning rate is 0 before step {cfg.steps}; raise --lr_epochs")
-
 
 def check_disk(cfg, models, dtype):
     """fail() unless the disk has room for what the run will write: a checkpoint (float32 weights,
