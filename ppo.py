@@ -246,7 +246,7 @@ def score(function, parts, prompts, responses, device):
 def stop_if(bad, what, step, numbers, cfg):
     """Exits and names the rows with NaN or inf. bad [rows] bool, the same on every rank."""
     if bad.any():
-        rows = [str(numbers[i]) for i in bad.nonzero()[:, 0].tolist()]
+        rows = [str(numbers[i]) for i in bad.nonzero()[:, 0]]
         if len(rows) > 8:
             rows = rows[:8] + ["..."]
         fail(f"step {step}: {what} not finite in row(s) {', '.join(rows)} of {cfg.data}; what was "
