@@ -82,7 +82,7 @@ def step_of(planted, tmp_path, monkeypatch, **fields):
         return dict(first_ratio_error=0.0, clip_fraction=0.0, approx_kl=0.0, grad_norm=0.0)
 
     monkeypatch.setattr(ppo, "update", update)
-    monkeypatch.setattr(watch, "listen_for_sigterm", lambda: None)
+    monkeypatch.setattr(watch, "listen_for_signals", lambda: None)
     ppo.main(cfg)
 
     # What was said is what the planted policy can say.
