@@ -642,7 +642,7 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
         "ppo.py",
         *ppo_flags,
         "--rollout_batch=0",
-        saying=("--rollout_batch must be at least 1, got 0",),
+        saying=("--rollout_batch must be at least 1 and finite, got 0",),
     )
     refused(
         out,
