@@ -56,7 +56,7 @@ def load_tokenizer(path):
     return tokenizer
 
 def end_ids(tokenizer):
-    """The ids that end a response: the tokenizer's eos and those of the model's generation_config"""
+    """The ids that end a response: the tokenizer's eos, and those of generation_config"""
     return {tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())}
 
 @functools.cache
@@ -336,7 +336,8 @@ def total_rewards(r, response_mask, level):
 def reward_level(path):
     """The level of the reward model in a folder: "token" or "sequence" """
     try:
-        names = " ".join(AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        names = " ".join(config.architectures or [])
     except (OSError, ValueError) as error:
         fail(f"{path} is no model ({str(error).splitlines()[0]})")
     if "ForTokenClassification" in names:
@@ -369,7 +370,8 @@ def draw_tokens(logits, u, temperature, top_p, top_k):
 def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperature=1.0, top_p=1.0,
              top_k=0, uniforms=None):
     """Sample: left-padded prompts [B, P] -> response_ids, response_mask [B, T]; EOS counts, then 0
-    follows. eos_id: one id, a set of ids, or None: no response ends early. temperature 0: argmax. ValueError in train mode.
+    follows. eos_id: one id, a set, or None: no response ends early. temperature 0: argmax.
+    ValueError in train mode.
     uniforms [B, max_new_tokens] in [0, 1): one random number per token; None: torch draws them.
     Finished rows are removed from the batch, and rows from the end fill their slots:
 

@@ -4,7 +4,7 @@ minimally edited, y_w.
     python edit.py data/alpacafarm/pref.jsonl --dry_run=true   # requests, tokens, dollars, a prompt
     python edit.py data/alpacafarm/pref.jsonl                  # Claude, as in the paper
     python edit.py data/alpacafarm/pref.jsonl --batch_api=true # half the price, within a day
-    python edit.py my.jsonl --editor=human                     # a person: opens a page in the browser
+    python edit.py my.jsonl --editor=human                     # a person, in the browser
     python edit.py my.jsonl --editor=local --model=org/name    # a chat model on this machine
     python edit.py data/toy/pref.jsonl --editor=rules          # the toy world's rule-based editor
     python edit.py stats out/edits.jsonl --tokenizer=out/sft   # are they minimal? Anybody's edits
@@ -52,13 +52,13 @@ TAGS = ("Write the improved response between <edited> and </edited>, and nothing
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, or rows with instruction, input, original
+    data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, or instruction, input, original
     editor: Literal["claude", "human", "local", "rules"] = "claude"
-    model: str = "claude-sonnet-4-6"  # claude: one of the API's; local: a chat model's folder or name
+    model: str = "claude-sonnet-4-6"  # one of the API's; local: a chat model's folder or name
     out: str = "out/edits.jsonl"
     system: str = ""             # a system prompt; the paper has none
     prompt: str = PROMPT
-    prefill: str = PREFILL       # for models that take one (Claude 4.5 and older, local); empty: tags
+    prefill: str = PREFILL       # for Claude 4.5 and older, and local models; empty: tags
     tags: str = TAGS
     max_tokens: int = 8192       # the longest reply; for short originals a smaller limit is sent
     concurrency: int = 16        # requests in flight; local: rows in a batch
@@ -291,7 +291,8 @@ def check(cfg, rows):
         fail("no API key: set ANTHROPIC_API_KEY (--dry_run=true needs none)")
     if cfg.editor == "local":
         extra("editors.local", "--editor=local")
-        check_model(cfg.model, "model", "--editor=local needs a chat model from the hub or a folder")
+        check_model(cfg.model, "model",
+                    "--editor=local needs a chat model from the hub or a folder")
         tokenizer = load_tokenizer(cfg.model)
         if not tokenizer.chat_template:
             fail(f"--model={cfg.model} is no chat model: no chat template")
@@ -389,7 +390,8 @@ def main(cfg):
         answers = [row["original"] for row in rows.values()]
         return claude.show_price(requests, answers, batch=cfg.batch_api)
 
-    unimportant = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run", "limit",
+    unimportant = ("concurrency", "timeout", "retries", "max_tokens", "batch_api", "dry_run",
+                   "limit",
                    "port", "guide", "annotators", "shared")
     begin(cfg, "edit", unimportant=unimportant, paid=True)
     ledger = Path(f"{cfg.out}.batches.json")  # what the Batches API works on
@@ -404,7 +406,9 @@ def main(cfg):
     say(f"{cfg.out}: {len(rows) - len(todo)} of {len(rows)} rows are done")
 
     # ---- ask, and write each row as it comes
-    spent, again, cost = Counter(), 0, ""
+    spent = Counter()
+    again = 0
+    cost = ""
     with claude.stopping() as stop:
         if cfg.editor == "human" and todo:
             page = extra("editors.page", "--editor=human")
@@ -412,7 +416,8 @@ def main(cfg):
         elif cfg.editor == "rules":
             from data.toy.prepare import mend
             for key, row in todo.items():
-                edits.save(key, mend(row, row["original"], random.Random(f"{cfg.seed} {key}"), p=0.9))
+                rng = random.Random(f"{cfg.seed} {key}")
+                edits.save(key, mend(row, row["original"], rng, p=0.9))
         elif todo:
             batches = ledger if cfg.batch_api else None
             spent, again, cost = ask_model(cfg, rows, edits, batches, stop, tag)

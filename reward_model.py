@@ -382,7 +382,7 @@ def check(cfg):
     longest = max(pair_length(pair) for pair in pairs + held_out)
     check_fits(cfg.model, "model", longest, head="zero", vocabulary=len(tokenizer))
     if cfg.loss == "sequence" and sequence_pad(tokenizer) is None:
-        fail(f"--model={cfg.model}: its tokenizer has no token besides EOS that no text contains; a "
+        fail(f"--model={cfg.model}: its tokenizer has no token but EOS that no text contains; a "
              "sequence-level model needs one as its pad. Train a token-level one: --loss=eq4")
     return tokenizer, pairs, count, held_out
 

@@ -26,11 +26,13 @@ def alarms(cfg, history, dtype):
         words.append(f"ratio != 1 at the first minibatch (off by {error:.2g}): update and scoring "
                      "compute different log-probs; do not trust this run")
 
-    if row["kl"] > 10 * (cfg.kl_target or 6.0) or row["approx_kl"] > 0.1:  # AlpacaFarm aims at 6
+    if row["kl"] > 10 * (cfg.kl_target or 6.0):  # AlpacaFarm aims at 6
         before = f" (three steps ago {history[-4]['kl']:.1f})" if len(history) > 3 else ""
-        words.append(f"KL exploding: {row['kl']:.1f} nats per response from the reference{before}, "
-                     f"{row['approx_kl']:.2g} per token within this step's update; lower --lr, "
-                     "raise --kl_coef, see in samples.jsonl what is rewarded")
+        words.append(f"KL exploding: {row['kl']:.1f} nats per response from the reference{before}; "
+                     "lower --lr, raise --kl_coef, see in samples.jsonl what is rewarded")
+    if row["approx_kl"] > 0.1:
+        words.append(f"KL exploding within this step's update: {row['approx_kl']:.2g} nats per "
+                     "token from the policy of the rollouts; lower --lr, or take fewer ppo_epochs")
 
     if row["eos_share"] == 0:
         words.append(f"all {cfg.rollout_batch} responses truncated: none has its EOS within "

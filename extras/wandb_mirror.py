@@ -25,6 +25,6 @@ def mirror(cfg):
         run = wandb.init(project=cfg.wandb_project, name=cfg.out, config=asdict(cfg), id=id,
                          resume="allow")
     except wandb.Error as error:
-        fail(f"--wandb_project={cfg.wandb_project}: {str(error).strip().splitlines()[0]}; run: wandb "
-             "login, or leave the flag out")
+        why = str(error).strip().splitlines()[0]
+        fail(f"--wandb_project={cfg.wandb_project}: {why}; run: wandb login, or leave the flag out")
     return lambda row: run.log(row, step=row["step"])

@@ -1,4 +1,4 @@
-"""A local model's weights, looked at before they are loaded: the headers of its safetensors files are
+"""A local model's weights, checked before they are loaded: the headers of its safetensors files are
 compared with the model, and what is wrong is named. Without this file the same mistakes end the run
 when transformers has loaded the model (plumbing/models.py: check_loaded)."""
 import json, re

@@ -173,11 +173,12 @@ def ask_in_parallel(client, requests, ask_once, stop, concurrency):
                     yield key, reply
 
     if fatal == "unreachable":
-        fail(f"the API at {client.base_url} cannot be reached ({len(unreached)} requests in a row): "
-             "check the network, ANTHROPIC_BASE_URL and the proxy variables. These rows are not "
+        fail(f"the API at {client.base_url} cannot be reached ({len(unreached)} requests in a "
+             "row): check the network, ANTHROPIC_BASE_URL and the proxy variables. These rows are not "
              "recorded as failed; the same command continues")
     if fatal:
-        fail(f"the API says {fatal!r}; nothing more was asked. Fix that; the same command continues")
+        fail(f"the API says {fatal!r}; nothing more was asked. Fix that; the same command "
+             "continues")
     if not stop.is_set():
         yield from unreached
 

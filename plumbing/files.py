@@ -1,5 +1,5 @@
-"""JSONL files, and a user's mistakes in rows, files and numbers: one line says what is wrong and how
-to fix it, before any model is loaded."""
+"""JSONL files, and a user's mistakes in rows, files and numbers: one line says what is wrong and
+how to fix it, before any model is loaded."""
 import json, math, os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -7,18 +7,18 @@ from pathlib import Path
 from plumbing.ranks import fail
 
 def read_jsonl(path, fields):
-    """The rows of a JSONL file, or of a JSON array (list of dict). fields: name -> kind, as in
-    fits(); unknown fields are kept, a missing `input` is "". A malformed row ends the run with
-    file:line."""
+    """The rows (list of dict) of a JSONL file or a JSON array. fields: name -> kind, as in fits();
+    unknown fields are kept, a missing `input` is "". A malformed row: fail() with file:line."""
     try:
         text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     rows = []
     if text.lstrip()[:1] == b"[":
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows = list(enumerate(json.loads(text, parse_constant=no_constant), 1))
-    for number, line in enumerate(text.split(b"\n") if not rows else (), 1):
+    lines = [] if rows else text.split(b"\n")
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 rows.append((number, json.loads(line, parse_constant=no_constant)))
@@ -97,7 +97,7 @@ SHARE = (0, 1)
 ANY = (-math.inf, math.inf)
 
 def check_numbers(cfg, **ranges):
-    """fail() unless each field is None or a finite number in its range: check_numbers(cfg, lr=...)"""
+    """fail() unless each field is None or a finite number in its range"""
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):

@@ -24,7 +24,7 @@ def check_model(path, flag, made_by, *, weights=True):
     if not weights or any(folder.glob("*.safetensors*")):
         return
     if any(folder.glob("pytorch_model*.bin*")):
-        fail(f"--{flag}={path} has its weights as a pickle, which is never loaded; save .safetensors")
+        fail(f"--{flag}={path} has its weights as a pickle, never loaded here; save .safetensors")
     if weights != "new":
         fail(f"--{flag}={path} holds no weights (no .safetensors); make it with: {made_by}")
 
@@ -71,15 +71,15 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
         fail(f"--{flag}={path} has positions for {room} tokens, this run needs {length}; lower the "
              "length limits")
     if vocabulary > text.vocab_size:
-        fail(f"--{flag}={path} has {text.vocab_size} embeddings, its tokenizer {vocabulary} tokens; "
+        fail(f"--{flag}={path} has {text.vocab_size} embeddings for {vocabulary} tokens; "
              "resize the embeddings, or take the tokenizer that belongs to the weights")
 
     model = meta_model(config, head)
     if model is None:
-        fail(f"--{flag}={path} ({config.model_type}) is not built as Llama is (model.layers, score)")
+        fail(f"--{flag}={path}: {config.model_type} is not built as Llama is (model.layers, score)")
     if recurrent_layer(model) and (head or generates):
         fail(f"--{flag}={path} ({config.model_type}) has recurrent or linear layers "
-             f"({recurrent_layer(model)}); generation and reward models need attention in each layer")
+             f"({recurrent_layer(model)}); generation and rewards need attention in each layer")
     headers = extra("weights")
     if headers and not is_on_hub(path):
         headers.check_headers(path, flag, model, head)
@@ -100,7 +100,8 @@ def compare(path, flag, model, head, missing, unexpected, reshaped):
     sides = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     for side, names in sides.items():
         sides[side] = sorted(name for name in names if not name.endswith(may_differ))
-    parts = [f"{len(names)} {side} ({', '.join(names[:2])})" for side, names in sides.items() if names]
+    parts = [f"{len(names)} {side} ({', '.join(names[:2])})"
+             for side, names in sides.items() if names]
     if parts:
         weights = extra("weights")
         hint = weights.looks_like(*sides.values()) if weights else ""

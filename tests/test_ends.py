@@ -67,7 +67,7 @@ def test_all_ids_of_generation_config_end_a_response(tmp_path):
 
 
 def test_a_saved_folder_names_one_eos(world, tmp_path):
-    """tokenizer, config and generation_config, though the base model's differ; on one rank and two"""
+    """tokenizer, config, generation_config, though the base model's differ; on one rank and two"""
     shutil.copytree(world / "sft", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     old = tokenizer.eos_token_id
@@ -125,10 +125,10 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path, capsys):
     assert end.value.code == 2 and "does not give" in said and said.count("\n") == 1
 
 
-# ---------------------------------------------------------------- pad, and tokens without embeddings
+# ---------------------------------------------------------------- pad, tokens without embeddings
 
 def test_the_pad_of_a_sequence_model_is_no_word(tmp_path):
-    """Not EOS, and not a token that text can contain: the score is read at the last id before pad"""
+    """Not EOS, and not a token that text can contain: the score is read before the first pad"""
     def pad_of(*specials, **names):
         tokenizer = byte_level([END, *specials], **names)
         return reward_model.sequence_pad(common.load_tokenizer(save(tmp_path / "m", tokenizer)))
@@ -143,7 +143,8 @@ def test_a_sequence_model_without_a_pad_is_refused_before_training(world, tmp_pa
     save(tmp_path / "m", byte_level())
     done = run("reward_model.py", f"--model={tmp_path}/m", f"--data={world}/data/pref.jsonl",
                "--loss=sequence", f"--out={tmp_path}/rm", ok=False)
-    assert done.returncode == 2 and "--loss=eq4" in done.stderr and not Path(tmp_path, "rm").exists()
+    assert done.returncode == 2 and "--loss=eq4" in done.stderr
+    assert not Path(tmp_path, "rm").exists()
 
 
 @pytest.mark.parametrize("added", ["eos", "word"])

@@ -22,7 +22,8 @@ def refused(capsys, call, *parts):
 
 
 def test_a_json_array_is_read_and_input_may_be_missing(tmp_path, capsys):
-    rows = [{"instruction": "a"}, {"instruction": "b", "input": None}, {"instruction": "c", "input": "x"}]
+    rows = [{"instruction": "a"}, {"instruction": "b", "input": None},
+            {"instruction": "c", "input": "x"}]
     expected = [rows[0] | {"input": ""}, rows[1], rows[2]]
     path = tmp_path / "a.json"
     for text in (json.dumps(rows), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
@@ -32,13 +33,14 @@ def test_a_json_array_is_read_and_input_may_be_missing(tmp_path, capsys):
     path.write_text(json.dumps([rows[0], {"instruction": 5}]))
     refused(capsys, lambda: files.read_jsonl(path, FIELDS), f"{path}:2: instruction must be str")
     path.write_text("[1, 2]\n[3]\n")
-    refused(capsys, lambda: files.read_jsonl(path, FIELDS), f"{path}:1: must be a JSON object, got list")
+    refused(capsys, lambda: files.read_jsonl(path, FIELDS), f"{path}:1: must be a JSON object")
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 def test_a_number_that_json_does_not_have(tmp_path, capsys, word):
     """pandas writes an empty cell as NaN: no stage takes it for a text"""
-    for text in (f'{{"instruction": "a", "input": {word}}}\n', f'{{"instruction": "a", "mine": {word}}}\n'):
+    for field in ("input", "mine"):
+        text = f'{{"instruction": "a", "{field}": {word}}}\n'
         (tmp_path / "a.jsonl").write_text('{"instruction": "a"}\n' + text)
         refused(capsys, lambda: files.read_jsonl(tmp_path / "a.jsonl", FIELDS), "a.jsonl:2:", word)
 
@@ -57,7 +59,8 @@ def test_every_reader_of_questions_checks_input(world, tmp_path):
                   ["reward_model.py", "show", f"--model={world}/rm", bad],
                   ["sft.py", model, f"--data={bad}", f"--out={tmp_path}/o"]):
         done = run(*words, ok=False)
-        assert done.returncode == 2 and "bad.jsonl:1: input must be str or null, got 5" in done.stderr
+        assert done.returncode == 2
+        assert "bad.jsonl:1: input must be str or null, got 5" in done.stderr
         assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("o*"))
 
 

@@ -360,7 +360,8 @@ def configs_of(path):
             numbers = set()
             for statement in node.body:
                 if isinstance(statement, ast.AnnAssign):
-                    kinds = {n.id for n in ast.walk(statement.annotation) if isinstance(n, ast.Name)}
+                    kinds = {node.id for node in ast.walk(statement.annotation)
+                             if isinstance(node, ast.Name)}
                     if kinds & {"int", "float"}:
                         numbers.add(statement.target.id)
             found[node.name] = numbers

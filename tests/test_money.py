@@ -1,4 +1,4 @@
-"""Nothing is paid for twice or in vain, and line ends are the original's. pytest tests/test_money.py"""
+"""Nothing is paid for twice or in vain; line ends are the original's. pytest tests/test_money.py"""
 import json
 import threading
 from datetime import datetime, timedelta, timezone
@@ -74,8 +74,8 @@ def test_a_service_that_goes_away(capsys):
 
 def test_an_unreachable_address_is_one_line_and_no_row_fails(tmp_path):
     (tmp_path / "pref.jsonl").write_text(json.dumps(PAIR) + "\n")
-    done = run("edit.py", f"{tmp_path}/pref.jsonl", "--retries=0", f"--out={tmp_path}/e.jsonl", ok=False,
-               ANTHROPIC_API_KEY="any", ANTHROPIC_BASE_URL="http://127.0.0.1:9")
+    done = run("edit.py", f"{tmp_path}/pref.jsonl", "--retries=0", f"--out={tmp_path}/e.jsonl",
+               ok=False, ANTHROPIC_API_KEY="any", ANTHROPIC_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2 and "http://127.0.0.1:9" in done.stderr
     assert not (tmp_path / "e.jsonl").read_text()
 
@@ -92,7 +92,8 @@ def test_a_404_gives_a_batch_up_only_when_its_time_is_over():
     batches = SimpleNamespace(retrieve=retrieve)
     client = SimpleNamespace(messages=SimpleNamespace(batches=batches))
     now = datetime.now(timezone.utc)
-    for age, gone in ((timedelta(0), False), (timedelta(days=28), False), (timedelta(days=30), True)):
+    ages = {timedelta(0): False, timedelta(days=28): False, timedelta(days=30): True}
+    for age, gone in ages.items():
         batch = dict(id="b", keys=["k"], at=(now - age).isoformat())
         if gone:
             assert claude.read(client, batch) == {}
@@ -136,4 +137,5 @@ def test_an_answer_that_differs_in_line_ends_only_is_no_edit():
     for ends in ("\n", "\r\n", "\r"):
         text = ends.join(["apple", "pear", "plum"])
         for reply, tag in ((text, None), (f"<edited>{text}</edited>", "edited")):
-            assert edit.read_reply(claude.Reply(reply, "end_turn", {}), original, tag)[0] == original
+            reply = claude.Reply(reply, "end_turn", {})
+            assert edit.read_reply(reply, original, tag)[0] == original

@@ -162,7 +162,8 @@ def show_agreement(rows, tokenizer, limits):
     counts_of = {}  # (who, who) -> one Counter of tokens per row
     same_text = Counter()
     for row in rows:
-        edits = sorted((edit for edit in edits_of(row) if edit["who"]), key=lambda edit: edit["who"])
+        edits = [edit for edit in edits_of(row) if edit["who"]]
+        edits.sort(key=lambda edit: edit["who"])
         for first, second in itertools.combinations(edits, 2):
             masks = [changed_tokens(row, edit["edited"], tokenizer, limits)
                      for edit in (first, second)]

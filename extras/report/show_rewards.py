@@ -96,7 +96,8 @@ def show_answers(cfg):
         fail("show needs one or two files of answers")
     for path in cfg.data:
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
-    files = [read_jsonl(path, {"instruction": str, "input": (str, type(None))}) for path in cfg.data]
+    fields = {"instruction": str, "input": (str, type(None))}
+    files = [read_jsonl(path, fields) for path in cfg.data]
     for path, file in zip(cfg.data, files):
         if not any(isinstance(file[0].get(name), str) for name in NAMES):
             fail(f"{path} holds no answers to show: its rows need output, or original and edited")
