@@ -1,88 +1,130 @@
 #!/usr/bin/env bash
-# The whole paper in the embedded world, on two CPU cores: data, SFT, edits, diffs, three reward models, three PPO runs, the judge,
-# the tables.
+# The complete paper in the toy world, on two CPU cores: data, SFT, edits, diffs, three reward
+# models, three PPO runs, the judge, the tables.
 #
-#     bash demo.sh                                # -> out/demo, ends with the tables and report.html
-#     OUT=out/demo3 bash demo.sh --seed=3         # arguments go to every stage: a seed, or a preset that changes sizes
+#     bash demo.sh                            # -> out/demo, ends with the tables and report.html
+#     OUT=out/demo3 bash demo.sh --seed=3     # arguments go to every stage: a seed, or a preset
+#                                             # that changes sizes
 #
-# Interrupt it at will: the same command skips what is finished and goes on with the rest.
+# Stop it at any time: the same command skips what is finished and resumes the rest. At most two
+# jobs run at a time, one per core. The pictures and the report need extras/.
 set -euo pipefail
 cd "$(dirname "$0")"
 OUT=${OUT:-out/demo}
 PYTHON=${PYTHON:-python}
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1  # one job a core, see below
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+A=("config/demo.toml" "$@")  # the first arguments of every stage
 SECONDS=0
-trap 'echo; echo "demo.sh: stopped; the same command goes on from here" >&2; trap - INT TERM; kill 0' INT TERM
+
+# Ctrl-C ends all jobs. If one of two jobs fails, the other one still finishes.
+trap 'trap "" TERM; kill 0; echo "demo.sh: stopped; the same command resumes here" >&2; exit 130' \
+    INT TERM
+trap wait EXIT
 
 title() { printf '\n== %s  (%ss)\n' "$1" "$SECONDS"; }
-stage() { local name=$1; shift; "$PYTHON" "$@" 2>&1 | sed -u "s|^|[$name] |"; }  # every line says whose it is
-together() {  # a command a line, two at a time
-    local failed=0
-    while IFS= read -r job; do
-        while (( $(jobs -rp | wc -l) >= 2 )); do wait -n || failed=1; done
-        eval "$job" &
-    done
-    while (( $(jobs -rp | wc -l) > 0 )); do wait -n || failed=1; done
-    return $failed
+
+stage() {  # NAME WORDS...: runs a stage; each line that it prints begins with [NAME]
+    local name=$1 status
+    shift
+    "$PYTHON" "$@" 2>&1 | (trap '' INT TERM; exec sed -u "s|^|[$name] |") || {
+        status=$?
+        echo "demo.sh: $name failed ($1); fix what it says, then the same command resumes here" >&2
+        return $status
+    }
 }
-A=("config/demo.toml" "$@")
+
 
 title "data: prompts, demonstrations, pairs with 25% wrong labels"
 stage prepare data/toy/prepare.py "${A[@]}" --out="$OUT/data"
+PAIRS=$OUT/data/pref.jsonl
+HELDOUT=$OUT/data/pref_heldout.jsonl
+
 
 title "SFT: the starting policy"
 stage sft sft.py "${A[@]}" --model="$OUT/data/model" --data="$OUT/data/sft.jsonl" --out="$OUT/sft"
 
+
 title "edits of the less preferred answers, and which tokens they changed"
-stage edit edit.py "${A[@]}" --editor=rules --data="$OUT/data/pref.jsonl" --out="$OUT/edits.jsonl"
-stage diff diff.py "${A[@]}" --data="$OUT/edits.jsonl" --tokenizer="$OUT/sft" --out="$OUT/diffs.jsonl"
-stage edit edit.py "${A[@]}" --editor=rules --data="$OUT/data/pref_heldout.jsonl" --out="$OUT/edits_heldout.jsonl"
+stage edit edit.py "${A[@]}" --editor=rules --data="$PAIRS" --out="$OUT/edits.jsonl"
+stage diff diff.py "${A[@]}" --data="$OUT/edits.jsonl" --tokenizer="$OUT/sft" \
+    --out="$OUT/diffs.jsonl"
+stage edit edit.py "${A[@]}" --editor=rules --data="$HELDOUT" --out="$OUT/edits_heldout.jsonl"
 stage diff diff.py show "${A[@]}" --data="$OUT/edits.jsonl" --tokenizer="$OUT/sft" --n=2
 
-title "three reward models: the same pairs of less preferred answers, steps and start"
-RM="--model=$OUT/sft --eval_data=$OUT/data/pref_heldout.jsonl"
-together <<JOBS
-stage rm_original reward_model.py ${A[*]} $RM --data=$OUT/data/pref.jsonl --loss=sequence --out=$OUT/rm_original
-stage rm_edited   reward_model.py ${A[*]} $RM --data=$OUT/diffs.jsonl --loss=sequence --out=$OUT/rm_edited
-stage rm_token    reward_model.py ${A[*]} $RM --data=$OUT/diffs.jsonl --loss=eq4 --anchor=0.3 --out=$OUT/rm_token
-JOBS
-together <<JOBS
-$(for rm in rm_original rm_edited rm_token; do
-    echo "stage $rm evaluate.py rewards ${A[*]} --reward_model=$OUT/$rm --data=$OUT/data/pref_heldout.jsonl,$OUT/edits_heldout.jsonl --out=$OUT/$rm/rewards.json"
-done)
-stage bag_of_tokens extras/study/bag_of_tokens.py --train=$OUT/edits.jsonl --data=$OUT/data/pref_heldout.jsonl --tokenizer=$OUT/data/model --out=$OUT/bag_of_tokens.json
-JOBS
 
-# kl_coef is 0.05 of the standard deviation of each arm's return at the first rollout (return_sd in metrics.jsonl), the mean of
-# seeds 100 to 102: 0.94, 5.25 and 7.04. The three rewards have different units.
-title "three PPO runs: the same settings but for the reward"
-PPO="--policy=$OUT/sft --data=$OUT/data/prompts.jsonl"
-together <<JOBS
-stage ppo_rlhf  ppo.py ${A[*]} $PPO --reward_model=$OUT/rm_original --level=sequence --kl_coef=0.05 --out=$OUT/ppo_rlhf
-stage ppo_fine  ppo.py ${A[*]} $PPO --reward_model=$OUT/rm_edited --level=sequence --kl_coef=0.26 --out=$OUT/ppo_fine
-stage ppo_token ppo.py ${A[*]} $PPO --reward_model=$OUT/rm_token --level=token --kl_coef=0.35 --out=$OUT/ppo_token
-JOBS
-
-judged() {  # MODEL NAME QUESTIONS PREFIX: a model's answers, and the gold judge's verdicts against a fixed reference
-    stage "$2" evaluate.py decode "${A[@]}" --model="$1" --data="$3" --generator="$2" --out="$4outputs.jsonl"
-    stage "$2" evaluate.py judge "${A[@]}" --judge=gold --outputs="$4outputs.jsonl" --reference="$3" --out="$4annotations.jsonl"
+title "three reward models: the same less preferred answers, number of steps and start"
+reward() {  # NAME FLAGS...: trains a reward model, then measures it on held-out pairs
+    stage "$1" reward_model.py "${A[@]}" --model="$OUT/sft" --eval_data="$HELDOUT" "${@:2}" \
+        --out="$OUT/$1"
+    stage "$1" evaluate.py rewards "${A[@]}" --reward_model="$OUT/$1" \
+        --data="$HELDOUT,$OUT/edits_heldout.jsonl" --out="$OUT/$1/rewards.json"
 }
-title "along training: the questions of val.jsonl to every model that was kept"
-together <<JOBS
-$(for model in "$OUT/sft" "$OUT"/ppo_*/ "$OUT"/ppo_*/step_*/; do
-    model=${model%/}
-    echo "judged $model ${model#"$OUT/"} $OUT/data/val.jsonl $model/val_"
-done)
-JOBS
+reward rm_original --data="$PAIRS" --loss=sequence & a=$!
+reward rm_edited --data="$OUT/diffs.jsonl" --loss=sequence & b=$!
+wait $a
+wait $b
+reward rm_token --data="$OUT/diffs.jsonl" --loss=eq4 --anchor=0.3 & a=$!
+stage bag_of_tokens extras/study/bag_of_tokens.py --train="$OUT/edits.jsonl" --data="$HELDOUT" \
+    --tokenizer="$OUT/data/model" --out="$OUT/bag_of_tokens.json" & b=$!
+wait $a
+wait $b
 
-title "the evaluation: of each run the model that did best there, on questions it was not chosen on"
+
+# The three rewards have different units. So kl_coef is 0.05 of the standard deviation of each arm's
+# return at the first rollout (return_sd in metrics.jsonl; the means of seeds 100 to 102 are 0.94,
+# 5.25 and 7.04).
+title "three PPO runs: the same settings except for the reward"
+ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF
+    stage "$1" ppo.py "${A[@]}" --policy="$OUT/sft" --data="$OUT/data/prompts.jsonl" \
+        --reward_model="$OUT/$2" --level="$3" --kl_coef="$4" --out="$OUT/$1"
+}
+ppo ppo_rlhf rm_original sequence 0.05 & a=$!
+ppo ppo_fine rm_edited sequence 0.26 & b=$!
+wait $a
+wait $b
+ppo ppo_token rm_token token 0.35
+
+
+title "along training: the questions of val.jsonl to every model that was kept"
+judged() {  # MODEL NAME QUESTIONS PREFIX: its answers, and the gold judge's verdicts on them
+    stage "$2" evaluate.py decode "${A[@]}" --model="$1" --data="$3" --generator="$2" \
+        --out="$4outputs.jsonl"
+    stage "$2" evaluate.py judge "${A[@]}" --judge=gold --outputs="$4outputs.jsonl" \
+        --reference="$3" --out="$4annotations.jsonl"
+}
+validate() {  # MODEL...
+    local model
+    for model in "$@"; do
+        model=${model%/}
+        judged "$model" "${model#"$OUT/"}" "$OUT/data/val.jsonl" "$model/val_"
+    done
+}
+MODELS=("$OUT/sft" "$OUT"/ppo_*/ "$OUT"/ppo_*/step_*/)
+HALF=$((${#MODELS[@]} / 2))
+validate "${MODELS[@]:0:HALF}" & a=$!
+validate "${MODELS[@]:HALF}" & b=$!
+wait $a
+wait $b
+
+
+title "the evaluation: the best model of each run there, on questions it was not chosen on"
+final() {  # reads lines "run model"
+    local run model
+    while read -r run model; do
+        judged "$model" "$run" "$OUT/data/eval.jsonl" "$OUT/$run/"
+    done
+}
 BEST=$("$PYTHON" evaluate.py best "$OUT/sft" "$OUT"/ppo_*/)
-together <<JOBS
-$(while read -r run model; do echo "judged $model $run $OUT/data/eval.jsonl $OUT/$run/"; done <<< "$BEST")
-JOBS
+head -n 2 <<< "$BEST" | final & a=$!
+tail -n +3 <<< "$BEST" | final & b=$!
+wait $a
+wait $b
+
 
 title "one answer before and after, its tokens by reward: red is bad, green is good"
-"$PYTHON" reward_model.py show "${A[@]}" --model="$OUT/rm_token" --data="$OUT/sft/outputs.jsonl,$OUT/ppo_token/outputs.jsonl" --n=1
+"$PYTHON" reward_model.py show "${A[@]}" --model="$OUT/rm_token" --n=1 \
+    --data="$OUT/sft/outputs.jsonl,$OUT/ppo_token/outputs.jsonl"
+
 
 title "the paper's tables, in miniature"
 "$PYTHON" evaluate.py report "${A[@]}" --data="$OUT" --out="$OUT/report.html"

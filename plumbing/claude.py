@@ -174,8 +174,8 @@ def ask_in_parallel(client, requests, ask_once, stop, concurrency):
 
     if fatal == "unreachable":
         fail(f"the API at {client.base_url} cannot be reached ({len(unreached)} requests in a "
-             "row): check the network, ANTHROPIC_BASE_URL and the proxy variables. These rows are not "
-             "recorded as failed; the same command continues")
+             "row): check the network, ANTHROPIC_BASE_URL and the proxy variables. These rows are "
+             "not recorded as failed; the same command continues")
     if fatal:
         fail(f"the API says {fatal!r}; nothing more was asked. Fix that; the same command "
              "continues")
