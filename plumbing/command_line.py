@@ -12,7 +12,7 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
           "evaluate.decode evaluate.judge evaluate.winrate evaluate.best evaluate.rewards "
           "evaluate.report").split()
 
-# Fields that hold a path, so that a leading ~ means the home folder.
+# Fields that hold a path: a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
          "train guide").split()
 # The others send requests or write one file, so a second process would do their work twice.
@@ -129,7 +129,6 @@ def parse(name, given, kind, where):
         if len(texts) > 1:
             fail(f"{where} takes one value, got {len(texts)}: {' '.join(texts)}")
         return parse_text(name, "".join(texts), kind, where)
-
     items = []
     for text in texts:
         if "," in text and not Path(os.path.expanduser(text)).exists():
@@ -171,7 +170,8 @@ def extra(name, needed_by=""):
 
 def one_line(kind, error, trace):
     """sys.excepthook: Ctrl-C and a full or read-only disk are one line, not a traceback"""
-    not_ours = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+    not_ours = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                errno.ENAMETOOLONG)
     disk = (errno.ENOSPC, errno.EDQUOT, *not_ours)
     full = "No space left on device"  # as safetensors says it, without an error number
     if kind is BrokenPipeError:  # `| head` has read enough
