@@ -932,7 +932,7 @@ def test_trouble_with_batches(monkeypatch, capsys):
             ("create", "401", "401 authentication_error"),
             ("retrieve", "401", "401 authentication_error"),
             ("list", "null", "looks for it"),
-            ("results", "500", "InternalServerError 500"),
+            ("results", "500", "500 api_error"),
         ):
             seen = []
             claude.trouble = lambda at: (

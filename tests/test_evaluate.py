@@ -258,9 +258,10 @@ def test_matched(tmp_path):
         assert not out.exists()
 
 
-def test_an_input_may_be_anything(tmp_path):
-    a = write(tmp_path / "a.jsonl", [dict(instruction="x", input=["1", "2"], output="o")])
-    assert len(matched(a, a, ("instruction", "input"), {"output": str})) == 1
+def test_an_input_may_be_missing_or_null(tmp_path):
+    for row in (dict(instruction="x", output="o"), dict(instruction="x", input=None, output="o")):
+        a = write(tmp_path / "a.jsonl", [row])
+        assert len(matched(a, a, ("instruction", "input"), {"output": str})) == 1
 
 
 def test_words():

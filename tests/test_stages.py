@@ -838,7 +838,7 @@ def test_every_field_is_read():
 def test_nothing_unpickles_or_runs_foreign_code():
     for file in ROOT.rglob("*.py"):
         if "tests" not in file.parts and ".venv" not in file.parts:
-            text = file.read_text()
+            text = file.read_text().replace("trust_remote_code=False", "")
             assert not any(
                 word in text
                 for word in (
