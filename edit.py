@@ -317,7 +317,7 @@ class Edits:
         return {key: row for key, row in self.rows.items()
                 if key not in self.done or self.done[key]["edited"] is None}
 
-    def save(self, key, edited, error=None, reply=Reply(), facts=None):
+    def save(self, key, edited, error=None, facts=None, reply=Reply()):
         model = self.cfg.model if self.cfg.editor in ("claude", "local") else None
         row = {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")}
         row |= dict(edited=edited, editor=self.cfg.editor, model=model,
@@ -357,7 +357,7 @@ def ask_model(cfg, rows, edits, batches, stop, tag):
         nonlocal cost
         used_tag = tag if uses_tags(cfg) else None
         edited, error, again = read_reply(reply, rows[key]["original"], used_tag)
-        edits.save(key, edited, error, reply)
+        edits.save(key, edited, error, reply=reply)
         spent.update(reply.usage or {})
         price = claude.dollars(cfg.model, spent, cfg.batch_api)
         cost = f", ${price:,.2f}" if price else ""
