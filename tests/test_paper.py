@@ -88,7 +88,8 @@ def make_farm(folder):
         made = []
         for i in range(count):
             input = "be brief" if i % 3 == 0 else ""
-            made.append(dict(instruction=f"Write {name} {i}.", input=input, output=answer(), **more))
+            row = dict(instruction=f"Write {name} {i}.", input=input, output=answer())
+            made.append(row | more)
         return made
 
     pairs = []
