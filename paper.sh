@@ -179,10 +179,12 @@ verdicts "$OUT/val.jsonl" "${KEPT[@]}"
 
 title "the evaluation: the best model of each run there"
 BEST=$("$PYTHON" evaluate.py best "$OUT/sft" "$OUT"/ppo_*/)
+CHOSEN=()
 while read -r run model; do
     answers "$model" "$run" "$D/eval.jsonl" "$OUT/$run/"
+    CHOSEN+=("$OUT/$run/")
 done <<< "$BEST"
-verdicts "$D/eval.jsonl" "$OUT/sft/" "$OUT"/ppo_*/
+verdicts "$D/eval.jsonl" "${CHOSEN[@]}"
 
 
 title "the paper's tables"
