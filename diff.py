@@ -286,7 +286,8 @@ def main(cfg):
     share = sum(shares) / len(shares)
     counts = "".join(f", {n} {why}" for why, n in sorted(dropped.items()))
     say(f"{cfg.out}: {len(shares)} pairs of {len(rows)} rows{counts}; "
-        f"{share:.1%} of the tokens changed")
+        f"{share:.1%} of the tokens changed; next: python reward_model.py --data={cfg.out} "
+        f"--model={cfg.tokenizer}")
     finish(cfg, pairs=len(shares), dropped=dict(dropped), changed_share=share)
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def ask_model(cfg, rows, edits, batches, stop, tag):
     return spent, len(left), cost
 
 def summary(rows, out):
-    """Two lines: what became of the rows, and the commonest reasons of failures"""
+    """What became of the rows, the commonest reasons of failures, and what to run next"""
     edited = [row for row in rows if row["edited"] is not None]
     unchanged = sum(row["edited"] == row["original"] for row in edited)
     say(f"{out}: {len(rows)} rows: {len(edited) - unchanged} edited, {unchanged} unchanged, "
@@ -376,7 +376,9 @@ def summary(rows, out):
     reasons = Counter(str(row.get("error") or "no reason given")
                       for row in rows if row["edited"] is None)
     words = "; ".join(f"{n} {plain(why)[:100]}" for why, n in reasons.most_common(5))
-    say(f"failed: {words}" if words else f"are they minimal? python edit.py stats {out}")
+    if words:
+        say(f"failed: {words}")
+    say(f"next: python diff.py {out} (are the edits minimal? python edit.py stats {out})")
 
 def main(cfg):
     # ---- what is asked, and can it be?

@@ -103,7 +103,7 @@ def paired(a, b, *, resamples=10_000, seed=0):
     return figures
 
 def tell(figures, indent=""):
-    """Print figures with all digits, one per line; a list of groups has one line per group"""
+    """Print figures, rounded, one per line; a list of groups has one line per group"""
     for name, value in figures.items():
         if isinstance(value, dict):
             say(f"{indent}{name}")
@@ -113,11 +113,14 @@ def tell(figures, indent=""):
                 parts = [f"{key} {rounded(x)}" for key, x in group.items()]
                 say(f"{indent}{name:<18}{'  '.join(parts)}")
         else:
-            shown = "-" if value is None else value
+            shown = "-" if value is None else rounded(value)
             say(f"{indent}{name:<18}{shown}")
 
 def rounded(x):
-    return round(x, 4) if isinstance(x, float) else x
+    """Two decimals, or four digits of a small number, are enough to read; --json=true has all"""
+    if not isinstance(x, float):
+        return x
+    return f"{x:.2f}" if abs(x) >= 10 else f"{x:.4g}"
 
 # ---------------------------------------------------------------- decode
 
@@ -182,7 +185,11 @@ def decode(cfg):
         write_jsonl(cfg.out, outputs)
         finish(cfg)
         shutil.rmtree(folder)
-        say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens")
+        reference = f" --reference={cfg.data}" if "output" in rows[0] else ""
+        annotations = Path(cfg.out).stem.removesuffix("outputs") + "annotations.jsonl"
+        say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens; next: "
+            f"python evaluate.py judge --outputs={cfg.out}{reference} "
+            f"--out={Path(cfg.out).with_name(annotations)}")
 
 def answer(cfg, model, tokenizer, prompts, group, device):
     """Decode one group of rows -> list of {row, output, cut?}"""
@@ -421,6 +428,7 @@ def judge(cfg):
         for suffix in (".replies", ".batches"):
             Path(cfg.out + suffix).unlink(missing_ok=True)
     finish(cfg)
+    say(f"next: python evaluate.py winrate {cfg.out}")
 
 def gold_scores(pairs):
     """The toy world's judge: minus the number of flaws of both answers of each pair. Ends the run
@@ -842,6 +850,7 @@ def rewards(cfg):
         say(json.dumps(found, indent=1))
     else:
         tell({figures["data"]: figures for figures in found})
+        say(f"next: python ppo.py --reward_model={cfg.reward_model} --level={level}")
 
 def figures_of_tokens(cfg, pairs, r_w, r_l, tokenizer):
     """{"tokens": ...}: does r_t find what was changed? {} where extras/ was deleted"""

@@ -520,7 +520,10 @@ def main(cfg):
 
     save_model(policy, tokenizer, cfg.out, dtype)  # all ranks
     finish(cfg, config=vars(cfg))
-    say(f"{cfg.out}: done")
+    row, questions = history[-1], Path(cfg.data).with_name("eval.jsonl")
+    say(f"{cfg.out}: done, reward {history[0]['reward']:.4g} -> {row['reward']:.4g}, KL "
+        f"{row['kl']:.3g}; next: python evaluate.py decode --model={cfg.out} --data={questions} "
+        f"--out={cfg.out}/outputs.jsonl")
 
 if __name__ == "__main__":
     main(load_config(Config, "ppo"))

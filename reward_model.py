@@ -40,6 +40,7 @@ from plumbing.models import check_fits, check_model
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, record_of,
                              save_checkpoint, save_model, trim_logs)
+from plumbing.watch import listen_for_signals, stop_if_told
 
 @dataclass(frozen=True)
 class Config:
@@ -430,12 +431,15 @@ def main(cfg):
     pairs_seen = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs
     steps = math.ceil(pairs_seen / cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
+    saved = done  # the steps that the newest checkpoint has done
     trim_logs(cfg.out, done)
+    listen_for_signals()
     resumed = f", continuing after step {done}" if done else ""
     say(f"{len(pairs)} of {count} pairs fit, {steps} steps of {cfg.batch}{resumed}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "reward model", steps):
+        stop_if_told(cfg, step, saved, model, optimizer, device)  # all ranks
         started = time.time()
         stop = min((step + 1) * cfg.batch, pairs_seen)
         batch = rows_at(step * cfg.batch, stop, len(pairs), cfg.seed)
@@ -475,12 +479,17 @@ def main(cfg):
             shown = ("step", *means, "grad_norm", "tokens_per_s", "eval_accuracy")
             log_metrics(cfg.out, row, shown)
         if (step + 1) % cfg.resume_every == 0 and not last:
-            save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
+            saved = step + 1
+            save_checkpoint(cfg.out, saved, model, optimizer)  # all ranks
 
     pad = sequence_pad(tokenizer) if level == "sequence" else None
     save_model(model, tokenizer, cfg.out, dtype, sequence_pad=pad)  # all ranks
     finish(cfg, keep_checkpoint=False)
-    say(f"{cfg.out}: done")
+    accuracy = f"accuracy {row['accuracy']:.3f} on the last batch"
+    if held_out:
+        accuracy = f"accuracy {row['eval_accuracy']:.3f} on {len(held_out)} held-out pairs"
+    say(f"{cfg.out}: done, {accuracy}; next: python ppo.py --policy={cfg.model} "
+        f"--reward_model={cfg.out} --level={level}")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["show"]:

@@ -24,6 +24,7 @@ from plumbing.models import check_fits, check_model, meta_model, recurrent_layer
 from plumbing.ranks import fail, say, total
 from plumbing.record import (begin, finish, load_checkpoint, log_metrics, progress, save_checkpoint,
                              save_model, trim_logs)
+from plumbing.watch import listen_for_signals, stop_if_told
 
 @dataclass(frozen=True)
 class Config:
@@ -102,12 +103,15 @@ def main(cfg):
     rows_seen = len(prompts) * cfg.epochs
     steps = math.ceil(rows_seen / cfg.batch)
     done = load_checkpoint(cfg.out, model, optimizer)
+    saved = done  # the steps that the newest checkpoint has done
     trim_logs(cfg.out, done)
+    listen_for_signals()
     resumed = f", {done} are done" if done else ""
     say(f"{len(prompts)} of {len(rows)} rows fit, {steps} steps of {cfg.batch}{resumed}")
 
     # ---------------------------------------------------------------- loop
     for step in progress(range(done, steps), "sft", steps):
+        stop_if_told(cfg, step, saved, model, optimizer, device)  # all ranks
         started = time.time()
         stop = min((step + 1) * cfg.batch, rows_seen)
         batch = rows_at(step * cfg.batch, stop, len(prompts), cfg.seed)
@@ -140,11 +144,13 @@ def main(cfg):
             log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=seconds,
                                       tokens=all_tokens))
         if (step + 1) % cfg.resume_every == 0 and not last:
-            save_checkpoint(cfg.out, step + 1, model, optimizer)  # all ranks
+            saved = step + 1
+            save_checkpoint(cfg.out, saved, model, optimizer)  # all ranks
 
     save_model(model, tokenizer, cfg.out, dtype)  # all ranks
     finish(cfg, keep_checkpoint=False)
-    say(f"{cfg.out}: done")
+    say(f"{cfg.out}: done, loss {loss:.4g} at the last of {steps} steps; next: python edit.py, "
+        f"python diff.py --tokenizer={cfg.out}, python reward_model.py --model={cfg.out}")
 
 if __name__ == "__main__":
     main(load_config(Config, "sft"))

@@ -7,7 +7,7 @@ inputs or code have changed, it is refused and the differences are listed.
 A checkpoint holds weights and Adam's moments as safetensors, for any number of ranks. The rest of a
 run follows from its config and the step; PPO's adaptive KL coefficient is in metrics.jsonl.
 """
-import ast, dataclasses, errno, fcntl, hashlib, inspect, json, os, shutil, subprocess, sys, time
+import ast, dataclasses, errno, fcntl, hashlib, inspect, json, os, shutil, subprocess, sys, time, warnings
 from pathlib import Path
 
 import torch, transformers
@@ -23,6 +23,7 @@ RESULTS = ("checkpoint_*", "step_*", "metrics.jsonl", "samples.jsonl", "config.j
 UNFINISHED = (".parts", ".replies", ".batches", ".batches.json")
 FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
 LOCKS = []  # open until the process ends, however it ends: the kernel then releases them
 
 def is_file(out):

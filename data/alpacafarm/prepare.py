@@ -123,6 +123,7 @@ def main(cfg):
             message += f", {len(rows) - len(different)} of them the same as an earlier one"
         say(message)
     finish(cfg, rows={name: len(rows) for name, rows in files.items()})
+    say(f"next: python sft.py --data={cfg.out}/sft.jsonl")
 
 
 if __name__ == "__main__":

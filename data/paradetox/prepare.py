@@ -99,6 +99,7 @@ def main(cfg):
     say(f"{len(lines) - len(comments)} of {len(lines)} lines left out: "
         "no comment with a rewrite, or one seen before")
     finish(cfg, rows={name: len(rows) for name, rows in files.items()})
+    say(f"next: python diff.py {cfg.out}/edits_train.jsonl")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def main(cfg):
         write_jsonl(Path(cfg.out, name), rows)
         say(f"{cfg.out}/{name}: {len(rows)} rows")
     finish(cfg, rows={name: len(rows) for name, rows in files.items()})
+    say(f"next: python diff.py {cfg.out}/edits_train.jsonl")
 
 
 if __name__ == "__main__":

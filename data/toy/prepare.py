@@ -359,7 +359,8 @@ def main(cfg):
     write_model(out / "model", sentencepiece_model, cfg)
     finish(cfg)
     say(f"{cfg.out}: {len(prompts)} prompts to train on, {len(val)} to choose a checkpoint on, "
-        f"{len(held_out)} for the evaluation")
+        f"{len(held_out)} for the evaluation; next: python sft.py --model={cfg.out}/model "
+        f"--data={cfg.out}/sft.jsonl")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python edit.py stats FILE
 """
-import itertools, math, re, sys
+import itertools, math, re
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
