@@ -499,9 +499,8 @@ def main(cfg):
         row |= dict(tokens_per_s=tokens / (t3 - t0), peak_gb=watch.peak_gb(device), seconds=t3 - t0)
         history.append(row)
         kl_coef = row["next_kl_coef"]
-        shown = ("step", "reward", "kl", "response_length", "eos_share", "first_ratio_error",
-                 "clip_fraction", "grad_norm", "seconds")
-        log_metrics(cfg.out, row, shown=shown)
+        log_metrics(cfg.out, row, ("step", "reward", "kl", "response_length", "eos_share",
+                                   "grad_norm", "seconds"))
         if mirror:
             mirror(row)
         if alarms:

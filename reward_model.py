@@ -476,7 +476,8 @@ def main(cfg):
             row |= held_out_figures(model, held_out, cfg, device)  # all ranks
         if step % cfg.log_every == 0 or last or "eval_loss" in row:
             row["seconds"] = time.time() - started
-            shown = ("step", *means, "grad_norm", "tokens_per_s", "eval_accuracy")
+            shown = ("step", "loss", "accuracy", "margin", "r_eos", "grad_norm", "tokens_per_s",
+                     "eval_accuracy")
             log_metrics(cfg.out, row, shown)
         if (step + 1) % cfg.resume_every == 0 and not last:
             saved = step + 1

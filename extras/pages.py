@@ -1,6 +1,9 @@
 """What all pages share: one style, one frame, text that is safe in HTML, tokens painted by reward.
 
 A page loads nothing, and only the editor's page has a script."""
+if __name__ == "__main__":
+    raise SystemExit("pages.py is a part of: python diff.py show")
+
 import html
 from pathlib import Path
 

@@ -1,4 +1,7 @@
 """--wandb_project: each row of metrics.jsonl is also sent to wandb"""
+if __name__ == "__main__":
+    raise SystemExit("wandb_mirror.py is a part of: python ppo.py --wandb_project=NAME")
+
 import hashlib
 from dataclasses import asdict
 from pathlib import Path

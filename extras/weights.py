@@ -1,6 +1,9 @@
 """A local model's weights, checked before they are loaded: the headers of its safetensors files are
 compared with the model, and what is wrong is named. Without this file the same mistakes end the run
 when transformers has loaded the model (plumbing/models.py: check_loaded)."""
+if __name__ == "__main__":
+    raise SystemExit("weights.py is a part of: python ppo.py")
+
 import json, re
 from pathlib import Path
 

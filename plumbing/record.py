@@ -227,7 +227,9 @@ def log_metrics(out, row, shown=None):
     if RANK == 0:
         with open(Path(out, "metrics.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        say(" | ".join(f"{name} {row[name]:.4g}" for name in shown or row if name in row))
+        figures = {name: row[name] for name in shown or row if name in row}
+        say(" | ".join(f"{name} {x if isinstance(x, int) else format(x, '.3g')}"
+                       for name, x in figures.items()))
 
 def logged(path):
     """The rows of a metrics.jsonl or samples.jsonl, without the torn last line of a killed run"""

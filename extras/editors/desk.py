@@ -8,6 +8,9 @@ this person until it is saved (extras/editors/drafts.py).
 Each edit has who, unchanged (the person said that nothing is to be changed), seconds (with the row
 in view and the person at work), order (1 for the first save of the file) and saved_at.
 """
+if __name__ == "__main__":
+    raise SystemExit("desk.py is a part of: python edit.py --editor=human")
+
 import hashlib, threading, time
 from dataclasses import dataclass, field
 
@@ -171,9 +174,12 @@ class Desk:
         return len(self.edits(key)) + len(busy) < self.needed(key)
 
     def may_show(self, key, tab):
-        """A row that this tab's person has edited, or may edit"""
+        """A row that this tab's person has edited or may edit, in another tab of theirs, too"""
         who = self.tabs[tab].who
-        return bool(self.edit_by(key, who)) or self.is_free(key, who, self.holders(tab))
+        if self.edit_by(key, who):
+            return True
+        busy = self.holders(tab).get(key, set()) - {who}
+        return len(self.edits(key)) + len(busy) < self.needed(key)
 
     def version(self, key, who):
         """It changes with each save that this person must see before replacing it"""
@@ -318,9 +324,23 @@ class Desk:
         page = self.tabs.setdefault(tab, Tab(name, self.clock()))
         page.who = name
         page.count = 0
+        note = ""
         if id not in self.rows or not self.may_show(id, tab):
             id = self.next_key(tab, resume=True)
-        return {**self.show(id, tab), "who": name, "guide": self.guide}
+            note = self.point_to_text(tab, id)
+        return {**self.show(id, tab, note), "who": name, "guide": self.guide}
+
+    def point_to_text(self, tab, shown):
+        """After a browser was killed, its tabs count as open for a while. If one has this person's
+        unsaved text, Back leads there -> a note"""
+        page = self.tabs[tab]
+        for key, draft in reversed(self.drafts.of(page.who).items()):
+            is_elsewhere = page.who in self.holders(tab).get(key, set())
+            if draft.text is not None and key != shown and is_elsewhere:
+                page.came_from.append(key)
+                return (f"Row {self.numbers[key]} has text of yours that is not saved. It is open "
+                        "in another tab; if that tab is gone, Back leads there.")
+        return ""
 
     def draft(self, tab, who, id, text, count):
         """The person has typed. count: grows with each draft of a page"""

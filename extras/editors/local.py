@@ -1,4 +1,7 @@
 """edit.py --editor=local: the same requests to any Hugging Face chat model, for private data"""
+if __name__ == "__main__":
+    raise SystemExit("local.py is a part of: python edit.py --editor=local")
+
 import torch
 
 from common import end_ids, generate, load_model, load_tokenizer, row_uniforms, setup

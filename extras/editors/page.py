@@ -3,6 +3,9 @@
 What is typed is on the disk at once, as a draft; each save is a row of edits.jsonl at once. What
 the page may do is decided in extras/editors/desk.py; here are the server and its address. The
 address stays the same when the run continues, so a page that is open continues, too."""
+if __name__ == "__main__":
+    raise SystemExit("page.py is a part of: python edit.py --editor=human")
+
 import json, os, re, secrets, socket, sys, threading, webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

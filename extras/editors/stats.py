@@ -2,6 +2,9 @@
 
     python edit.py stats FILE
 """
+if __name__ == "__main__":
+    raise SystemExit("stats.py is a part of: python edit.py stats")
+
 import itertools, math, re
 from collections import Counter
 from dataclasses import dataclass

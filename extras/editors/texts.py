@@ -2,6 +2,9 @@
 
 A text field shows every line end as "\\n". The saved answer has the line ends of the original
 again, so that an edit changes the bytes that the person changed, and no others."""
+if __name__ == "__main__":
+    raise SystemExit("texts.py is a part of: python edit.py --editor=human")
+
 import re
 
 import diff

@@ -15,6 +15,9 @@ B sequences, S = P + T tokens, V vocabulary, c bytes of the computing dtype. Of 
 i intermediate, kv numbers in a token's cache, `layer` parameters in one decoder layer, `root`
 parameters outside of the layers.
 """
+if __name__ == "__main__":
+    raise SystemExit("plan.py is a part of: python ppo.py --plan")
+
 import dataclasses
 import os
 from pathlib import Path

@@ -1,5 +1,8 @@
 """The arms of a report: the paper's name of each run, which runs are seeds of one arm, and how
 figures and tables are written."""
+if __name__ == "__main__":
+    raise SystemExit("arms.py is a part of: python evaluate.py report")
+
 import html
 from pathlib import Path
 

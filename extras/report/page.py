@@ -3,6 +3,9 @@ where each number comes from.
 
 No script, nothing loaded, light and dark. All text that a model or a person wrote goes through
 safe()."""
+if __name__ == "__main__":
+    raise SystemExit("page.py is a part of: python evaluate.py report")
+
 import json, math, statistics
 
 from evaluate import mean_and_error

@@ -1,4 +1,7 @@
 """Do the token rewards find what people changed? The token figures of `evaluate.py rewards`."""
+if __name__ == "__main__":
+    raise SystemExit("rewards.py is a part of: python evaluate.py rewards")
+
 import statistics
 
 import torch

@@ -3,6 +3,9 @@
     python diff.py show out/edits.jsonl --tokenizer=out/sft --n=5   # [-removed-] {+added+}
     python diff.py show out/edits.jsonl --html=out/diffs.html       # the same as a page
 """
+if __name__ == "__main__":
+    raise SystemExit("show_diffs.py is a part of: python diff.py show")
+
 from dataclasses import dataclass
 from shutil import get_terminal_size
 

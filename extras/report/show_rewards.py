@@ -3,6 +3,9 @@
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of one or two files
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page
 """
+if __name__ == "__main__":
+    raise SystemExit("show_rewards.py is a part of: python reward_model.py show")
+
 from dataclasses import dataclass
 from pathlib import Path
 

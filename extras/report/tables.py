@@ -14,6 +14,9 @@ Runs of the same name in different folders are seeds of one arm. The paper's nam
 from its run.json: the level of PPO, and whether the reward model was trained on edits or on
 preferences. page.py makes the page.
 """
+if __name__ == "__main__":
+    raise SystemExit("tables.py is a part of: python evaluate.py report")
+
 import json, re, statistics
 from pathlib import Path
 

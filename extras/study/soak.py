@@ -210,6 +210,8 @@ def drive(home, ranks, seed, kills):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 6:
+        raise SystemExit("soak.py is a part of: bash extras/study/soak.sh")
     if sys.argv[1] == "drive":
         home, *numbers = sys.argv[2:6]
         drive(Path(home).resolve(), *[int(number) for number in numbers])
