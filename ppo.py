@@ -352,7 +352,6 @@ def check(cfg):
         fail(f"--reward_scale={cfg.reward_scale} is for --level=token")
     if (cfg.reward_scale == "fixed") != bool(cfg.fixed_length):
         fail("--reward_scale=fixed and --fixed_length=N go together")
-
     reward_model_level = reward_level(cfg.reward_model)
     if cfg.level == "token" and reward_model_level == "sequence":
         fail(f"--reward_model={cfg.reward_model} gives one reward per response; use "

@@ -53,7 +53,6 @@ def load_config(Config, table, argv=None):
             fail(f"command line: unknown option {word!r}; an option is written --name=value")
         else:
             positional.append(word)
-
     if positional:
         check_word(positional[0], table)
         name = known("data", kinds, "command line")
@@ -101,13 +100,11 @@ def read_preset(path, table):
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         fail(f"{path}: {getattr(error, 'strerror', None) or error}")
-
     # [evaluate.decode] is a table inside the table [evaluate].
     for name, content in list(tables.items()):
         if isinstance(content, dict):
             inner = {key: value for key, value in content.items() if isinstance(value, dict)}
             tables |= {f"{name}.{key}": value for key, value in inner.items()}
-
     script = Path(sys.argv[0])
     for name, content in tables.items():
         if name not in TABLES or not isinstance(content, dict):

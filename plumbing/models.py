@@ -73,7 +73,6 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     if vocabulary > text.vocab_size:
         fail(f"--{flag}={path} has {text.vocab_size} embeddings for {vocabulary} tokens; "
              "resize the embeddings, or take the tokenizer that belongs to the weights")
-
     model = meta_model(config, head)
     if model is None:
         fail(f"--{flag}={path}: {config.model_type} is not built as Llama is (model.layers, score)")

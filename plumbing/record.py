@@ -7,7 +7,8 @@ inputs or code have changed, it is refused and the differences are listed.
 A checkpoint holds weights and Adam's moments as safetensors, for any number of ranks. The rest of a
 run follows from its config and the step; PPO's adaptive KL coefficient is in metrics.jsonl.
 """
-import ast, dataclasses, errno, fcntl, hashlib, inspect, json, os, shutil, subprocess, sys, time, warnings
+import ast, dataclasses, errno, fcntl, hashlib, inspect
+import json, os, shutil, subprocess, sys, time, warnings
 from pathlib import Path
 
 import torch, transformers

@@ -11,9 +11,8 @@ from plumbing.record import save_checkpoint
 TOLD_TO_STOP = []  # the signal's number and its time, after Ctrl-C or SIGTERM
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the real tokens, [B, T] each: 1 if V predicts
-    the returns, 0 if it does not or if there is nothing to predict. -> dict, with one figure for
-    all tokens and one for each fifth of the responses, because V learns the ends first."""
+    """1 - Var(returns - values) / Var(returns), [B, T] each: 1 if V predicts the returns, 0 if not.
+    -> dict: of all real tokens, and of each fifth of the responses (V learns the ends first)"""
     lengths = mask.sum(1, keepdim=True).clamp(min=1)                                # [B, 1]
     fifth = torch.arange(mask.shape[1], device=mask.device) * 5 // lengths          # [B, T]
     parts = {"explained_variance": mask}
