@@ -188,8 +188,7 @@ def decode(cfg):
         reference = f" --reference={cfg.data}" if "output" in rows[0] else ""
         annotations = Path(cfg.out).stem.removesuffix("outputs") + "annotations.jsonl"
         say(f"{cfg.out}: {len(rows)} answers, {cut} of them cut at {cfg.response_len} tokens; "
-            "next: "
-            f"python evaluate.py judge --outputs={cfg.out}{reference} "
+            f"next: python evaluate.py judge --outputs={cfg.out}{reference} "
             f"--out={Path(cfg.out).with_name(annotations)}")
 
 def answer(cfg, model, tokenizer, prompts, group, device):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -189,6 +190,22 @@ def concerns_all(error, any_reply):
         return True
     return not any_reply and bool(re.match("40[234] ", error))
 
+class BarFile:
+    """stderr for the progress bar. A closed pipe does not end what is paid for."""
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+    def __eq__(self, other):  # tqdm.write() asks, to clear the bar before it prints
+        return other is sys.stderr
+
+    def write(self, text):
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from now on stderr goes nowhere
+
+
 def ask_until_read(keys, build, ask, take, stop, *, attempts, name, count=None):
     """Ask for every key; then ask again, up to `attempts` times in all, for those whose reply
     could not be used. -> the keys that are left.
@@ -201,7 +218,7 @@ def ask_until_read(keys, build, ask, take, stop, *, attempts, name, count=None):
         requests = {key: build(key, attempt) for key in keys}
         left = []
         title = f"{name} again" if attempt else name
-        with tqdm(total=count or len(requests), desc=title,
+        with tqdm(total=count or len(requests), desc=title, file=BarFile(), dynamic_ncols=True,
                   initial=(count or len(requests)) - len(requests)) as bar:
             for key, reply in ask(requests, attempt):
                 again, words = take(key, reply)

@@ -4,6 +4,7 @@ import json, os, pty, signal, subprocess, sys, time
 
 import pytest
 
+from claude_standin import Standin
 from conftest import PPO, RM, ROOT, SFT, python, rows_of, run
 from extras import alarms
 from plumbing import command_line, paint
@@ -152,6 +153,21 @@ def test_a_closed_pipe_ends_quietly_what_only_prints(world, tmp_path, words):
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode in (0, 141)
     assert done.stderr == ""
+
+
+def test_a_closed_pipe_does_not_end_what_is_paid_for(tmp_path):
+    """Both outputs end at once, while Claude is asked: every row is still asked once, and kept"""
+    rows = [dict(id=str(k), instruction="q", input="", original=f"teh cat {k}") for k in range(6)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Standin() as claude:
+        words = ["edit.py", tmp_path / "in.jsonl", f"--out={tmp_path}/edits.jsonl"]
+        command = " ".join(map(str, [sys.executable, *words, "--concurrency=1"]))
+        shell = f"set -o pipefail; {command} 2>&1 | true"
+        env = ENV | dict(ANTHROPIC_BASE_URL=claude.url, ANTHROPIC_API_KEY="a-key")
+        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=env)
+    assert done.returncode == 0
+    assert [row["edited"] for row in rows_of(tmp_path / "edits.jsonl")] == [
+        f"the cat {k}" for k in range(6)]
 
 
 @pytest.mark.parametrize("env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0"),
