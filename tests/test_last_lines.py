@@ -175,9 +175,12 @@ def test_a_closed_pipe_does_not_end_what_is_paid_for(tmp_path):
 def test_a_terminal_that_is_not_utf_8_ends_no_run(world, tmp_path, env):
     row = dict(instruction="Où est 東京?", input="", original="東京", edited="京都 é")
     (tmp_path / "edits.jsonl").write_text(json.dumps(row) + "\n")
-    shown = run("diff.py", "show", tmp_path / "edits.jsonl", f"--tokenizer={world}/sft", **env)
-    assert "est" in shown.stdout
-    run(*ppo(world, tmp_path / "ppo", "--steps=1"), **env)
+    show = ["diff.py", "show", tmp_path / "edits.jsonl", f"--tokenizer={world}/sft"]
+    for words in (show, ppo(world, tmp_path / "ppo", "--steps=1")):
+        command = [sys.executable, *map(str, words)]  # a python that reads the environment
+        done = subprocess.run(command, cwd=ROOT, env=ENV | env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert b"R = " in done.stdout
 
 
 def test_a_closed_stdout_ends_no_run(world, tmp_path):
