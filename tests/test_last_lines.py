@@ -87,7 +87,7 @@ def test_each_stage_ends_with_figures_and_the_next_command(world, tmp_path):
 
 @pytest.mark.parametrize("stage, number, ranks", [
     (sft, signal.SIGINT, 0), (sft, signal.SIGTERM, 0), (reward_model, signal.SIGINT, 0),
-    (reward_model, signal.SIGTERM, 2), (ppo, signal.SIGINT, 0)])
+    (reward_model, signal.SIGTERM, 2), (ppo, signal.SIGINT, 0), (ppo, signal.SIGINT, 2)])
 def test_a_signal_writes_a_checkpoint_from_which_the_run_continues(world, tmp_path, stage, number,
                                                                    ranks):
     out = tmp_path / "out"
