@@ -75,8 +75,8 @@ class Desk:
     the person; id: the row in the page; text: what is in its text field. Each returns its JSON
     reply: a state (see show), a question ("ask"), a conflict, or only a note for the person."""
 
-    ACTIONS = ("hello", "draft", "save", "skip", "back", "undo", "reset", "alive", "leave",
-               "finish")
+    ACTIONS = ("hello", "recover", "draft", "save", "skip", "back", "undo", "reset", "alive",
+               "leave", "finish")
 
     def __init__(self, rows, done, save, drafts, *, annotators=1, share=0.0, guide="",
                  clock=time.monotonic):
@@ -289,7 +289,7 @@ class Desk:
 
     # ------------------------------------------------------------ text
 
-    def keep(self, tab, who, id, text):
+    def keep(self, tab, who, id, text, count=0):
         """What is in the text field is the draft of this row and this person, on the disk. Text of
         another tab, which this one has not seen, goes to the other texts."""
         if id is None:
@@ -300,6 +300,7 @@ class Desk:
             draft.others.append(draft.text)
         draft.text = None if text == self.saved_text(id, who) else text
         draft.tab = tab
+        draft.count = max(draft.count, count)
         if before != (draft.text, draft.others):
             self.drafts.write(id, who)
 
@@ -342,12 +343,29 @@ class Desk:
                         "in another tab; if that tab is gone, Back leads there.")
         return ""
 
+    def recover(self, tab, who, id, text, count):
+        """Text that an earlier page of this browser kept while it could not reach the server. If
+        the server has got newer text since, nothing is to be done."""
+        draft = self.drafts.get(id, who)
+        saved = self.saved_text(id, who)
+        if count > draft.count and text not in (saved, draft.text):
+            if draft.text is not None:
+                draft.others.append(draft.text)
+            draft.text = text
+            draft.tab = tab
+            draft.count = count
+            if self.edit_by(id, who):  # it may be older than the save
+                draft.text = None
+                draft.others.append(text)
+            self.drafts.write(id, who)
+        return {}
+
     def draft(self, tab, who, id, text, count):
-        """The person has typed. count: grows with each draft of a page"""
+        """The person has typed. count: grows with each draft of a browser"""
         page = self.enter(tab, who, id)
         if count > page.count:
             page.count = count
-            self.keep(tab, who, id, text)
+            self.keep(tab, who, id, text, count)
         is_elsewhere = id in self.holders(tab) and id not in self.shared
         return {"note": "This row is open in another tab, too." if is_elsewhere else ""}
 
@@ -487,7 +505,7 @@ class Desk:
         """The page is closed or loaded again: nobody needs to wait for its row"""
         page = self.enter(tab, who, id)
         if count > page.count:
-            self.keep(tab, who, id, text)
+            self.keep(tab, who, id, text, count)
         page.key = None
         return {}
 

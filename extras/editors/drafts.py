@@ -17,6 +17,7 @@ class Draft:
     seconds: float = 0.0      # spent in the row so far
     skipped: int = 0          # the number of the skip; 0: not skipped
     tab: str = ""             # which tab has written `text`
+    count: int = 0            # the browser's number of that text; it grows, over reloads, too
 
     def is_empty(self):
         return self.text is None and not self.others and not self.skipped
