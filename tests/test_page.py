@@ -438,6 +438,8 @@ def test_line_ends_of_a_long_answer_take_no_time():
     start = time.monotonic()
     restored = restore_line_ends(original, typed)
     assert restored == original.replace("line", "row")
+    restored = restore_line_ends(original, typed.upper() + "\n\nmore")
+    assert restored == original.replace("line", "row").upper() + "\r\rmore"
     assert time.monotonic() - start < 20
 
 

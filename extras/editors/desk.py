@@ -346,8 +346,8 @@ class Desk:
     def recover(self, tab, who, id, text, count):
         """Text that an earlier page of this browser kept while it could not reach the server. If
         the server has got newer text since, nothing is to be done."""
+        saved = self.saved_text(id, who)  # a KeyError if the row is not of this file
         draft = self.drafts.get(id, who)
-        saved = self.saved_text(id, who)
         if count > draft.count and text not in (saved, draft.text):
             if draft.text is not None:
                 draft.others.append(draft.text)

@@ -9,7 +9,10 @@ import re
 
 import diff
 
-MOST_CELLS = 2_000_000  # of the alignment: a larger one compares words instead of characters
+CHARACTERS = r"\r\n|[\s\S]"
+WORDS = r"\r\n|[\r\n]|\w+|[^\w\r\n]"
+LINES = r"\r\n|[\r\n]|[^\r\n]+"
+MOST_CELLS = 2_000_000  # of the alignment: a larger one compares words, then lines
 
 
 def in_browser(text):
@@ -31,41 +34,41 @@ def restore_line_ends(original, edited):
         return edited.replace("\n", ends[0])
 
     # Mixed line ends: align both texts, with each line end as one token.
-    before, after = tokens_of(original, edited)
-    original_changed, edited_changed = diff.align([in_browser(token) for token in before], after)
+    for pattern in (CHARACTERS, WORDS, LINES):
+        before = re.findall(pattern, original)
+        after = re.findall(pattern, edited)
+        shown = [in_browser(token) for token in before]
+        width = len(before) + len(after) - 2 * diff.lcs_length(shown, after)
+        if len(before) * (width + 1) <= MOST_CELLS:
+            return with_ends(before, after, *diff.align(shown, after))
 
-    # The line ends of the original in two queues: those that are still there, and those of the
-    # text that was replaced, which new ones take over in their order.
+    # Too much has changed for that: the first line end is the first one of the original, and so on.
+    lines = edited.split("\n")
+    restored = lines[0]
+    for k, line in enumerate(lines[1:]):
+        restored += ends[min(k, len(ends) - 1)] + line
+    return restored
+
+
+def with_ends(before, after, original_changed, edited_changed):
+    """The tokens `after`, with their line ends from `before`; the masks are diff.align's -> text"""
+    ends = ("\r\n", "\r", "\n")
+    last = next(token for token in before if token in ends)
+    replaced = []  # line ends of the text that was replaced here: new ones take them over, in order
     restored = []
-    last = ends[0]
     i = 0
-    replaced = []
     for token, is_new in zip(after, edited_changed):
         while i < len(before) and original_changed[i]:
-            replaced.append(before[i])
+            if before[i] in ends:
+                replaced.append(before[i])
             i += 1
         if not is_new:
             token = before[i]
-            replaced = []
             i += 1
+            replaced = []
         elif token == "\n":
-            old = [end for end in replaced if end in ends]
-            token = old[0] if old else last
-            if old:
-                replaced.remove(old[0])
+            token = replaced.pop(0) if replaced else last
         if token in ends:
             last = token
         restored.append(token)
     return "".join(restored)
-
-
-def tokens_of(original, edited):
-    """Both texts as lists of characters, or of words if there is too much to compare"""
-    for pattern in (r"\r\n|[\s\S]", r"\r\n|[\r\n]|\w+|[^\w\r\n]"):
-        before = re.findall(pattern, original)
-        after = re.findall(pattern, edited)
-        common = diff.lcs_length([in_browser(token) for token in before], after)
-        width = len(before) + len(after) - 2 * common
-        if len(before) * (width + 1) <= MOST_CELLS:
-            break
-    return before, after
