@@ -3,10 +3,9 @@
 All decisions are the server's, so they are tested over HTTP. extras/editors/walk.py walks through
 the page in a real browser."""
 
-import json, os, random, re, signal, subprocess, sys, threading, time
+import json, os, random, re, subprocess, sys, threading, time
 import urllib.error, urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
