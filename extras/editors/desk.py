@@ -65,6 +65,7 @@ class Tab:
     seen: float                 # when it called last
     key: str | None = None      # the row that it shows
     hidden: bool = False        # is it in the background?
+    known: tuple = (None, "")   # the row and the text that the server and this tab both know
     count: int = 0              # of its last draft: one with a smaller number comes late
     came_from: list = field(default_factory=list)  # the rows that it showed before
     saved: list = field(default_factory=list)      # the rows that it saved
@@ -251,6 +252,7 @@ class Desk:
         draft.tab = tab  # it now knows this text
         row = {name: self.rows[key][name] for name in ("id", "instruction", "input", "original")}
         row["text"] = self.saved_text(key, who) if draft.text is None else draft.text
+        self.tabs[tab].known = (key, row["text"])
         row["others"] = len(draft.others)
         row["is_done"] = edit is not None
         row["version"] = self.version(key, who)
@@ -295,6 +297,10 @@ class Desk:
         if id is None:
             return
         draft = self.drafts.get(id, who)
+        page = self.tabs[tab]
+        if page.known == (id, text) and draft.tab != tab:
+            return  # nothing was typed here, and another tab may have newer text
+        page.known = (id, text)
         before = (draft.text, list(draft.others))
         if draft.text not in (None, text) and draft.tab != tab:
             draft.others.append(draft.text)
@@ -415,7 +421,9 @@ class Desk:
             edits.insert(0, edit)
         self.write(id, edits)
 
-        # It is safe now: the draft can go.
+        # It is safe now: the draft can go, unless another tab has typed something else.
+        if draft.text not in (None, text):
+            draft.others.append(draft.text)
         draft.text = None
         draft.skipped = 0
         draft.seconds = 0.0

@@ -88,5 +88,6 @@ class Drafts:
         """The end of the run. A file without any text is removed."""
         self.compact()
         self.file.close()
-        if all(draft.text is None for draft in self.drafts.values()):
+        texts = [draft for draft in self.drafts.values() if draft.text is not None or draft.others]
+        if not texts:
             self.path.unlink()
