@@ -344,6 +344,8 @@ def check(cfg):
                   missing_eos_penalty=AT_LEAST_0, lam=SHARE, lr=AT_LEAST_0, clip=ABOVE_0,
                   warmup_steps=AT_LEAST_0, lr_epochs=ABOVE_0, value_clip=ABOVE_0, seed=ANY,
                   vf_coef=AT_LEAST_0, max_grad_norm=ABOVE_0, gpu_gb=ABOVE_0)
+    if cfg.wandb_project:
+        extra("wandb_mirror", "--wandb_project").check(cfg)
     groups = -(-cfg.rollout_batch // cfg.rollout_micro_batch)
     if groups < WORLD:
         fail(f"--rollout_micro_batch={cfg.rollout_micro_batch} leaves some of the {WORLD} ranks "
@@ -397,7 +399,7 @@ def main(cfg):
     alarms = extra("alarms")  # None where extras/ was deleted
     mirror = None
     if cfg.wandb_project:
-        mirror = extra("wandb_mirror", "--wandb_project").mirror(cfg)
+        mirror = extra("wandb_mirror").mirror(cfg)
 
     # Two models learn, two are frozen.
     device, mesh, dtype = setup(cfg.dtype)
@@ -410,7 +412,8 @@ def main(cfg):
     optimizer = torch.optim.AdamW(models.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
     # Start, or resume after the last checkpoint.
-    watch.check_disk(cfg, models, dtype)
+    if alarms:
+        alarms.check_disk(cfg, models, dtype)
     last_lr = learning_rate(cfg, cfg.steps - 1, len(kept))
     done, history = resume(cfg, models, optimizer, tokenizer, dtype, last_lr)
     saved = done  # the steps that the newest checkpoint has done

@@ -67,6 +67,7 @@ class Config:
     activation_checkpointing: bool = False  # a third more computing for much less memory
     log_every: int = 1              # steps between lines of metrics.jsonl
     resume_every: int = 100         # steps between checkpoints
+    wandb_project: str | None = None        # also send metrics.jsonl's rows there
     seed: int = 0                   # order of pairs
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
@@ -362,6 +363,8 @@ def held_out_figures(model, pairs, cfg, device):
 def check(cfg):
     """What can be wrong before a model is loaded -> tokenizer, pairs, how many rows --data has,
     held-out pairs"""
+    if cfg.wandb_project:
+        extra("wandb_mirror", "--wandb_project").check(cfg)
     check_model(cfg.model, "model", "python sft.py")
     check_input(cfg.data, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
@@ -411,10 +414,13 @@ def main(cfg):
     # True if the pairs come from edits: then some tokens are unchanged. The report uses this to
     # label the run.
     edits = any(0 in changed_w for _, _, _, changed_w, _ in pairs)
-    unimportant = ("micro_batch", "resume_every", "log_every")
+    unimportant = ("micro_batch", "resume_every", "log_every", "wandb_project")
     if begin(cfg, "reward_model", unimportant=unimportant, inputs=inputs, pairs=len(pairs),
              edits=edits):
         return say(f"{cfg.out} is finished; nothing to do")
+    mirror = None
+    if cfg.wandb_project:
+        mirror = extra("wandb_mirror").mirror(cfg)
 
     # ---------------------------------------------------------------- model
     device, mesh, dtype = setup(cfg.dtype)
@@ -479,6 +485,8 @@ def main(cfg):
             shown = ("step", "loss", "accuracy", "margin", "r_eos", "grad_norm", "tokens_per_s",
                      "eval_accuracy")
             log_metrics(cfg.out, row, shown)
+            if mirror:
+                mirror(row)
         if (step + 1) % cfg.resume_every == 0 and not last:
             saved = step + 1
             save_checkpoint(cfg.out, saved, model, optimizer)  # all ranks

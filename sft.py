@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
                     my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs)
-from plumbing.command_line import load_config
+from plumbing.command_line import extra, load_config
 from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
                             read_jsonl)
 from plumbing.models import check_fits, check_model, meta_model, recurrent_layer
@@ -43,6 +43,7 @@ class Config:
     activation_checkpointing: bool = False  # a third more computing for much less memory
     log_every: int = 1              # steps between lines of metrics.jsonl
     resume_every: int = 100         # steps between checkpoints
+    wandb_project: str | None = None        # also send metrics.jsonl's rows there
     seed: int = 0                   # order of rows, new weights
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
@@ -53,6 +54,8 @@ def check(cfg):
     check_numbers(cfg, epochs=COUNT, batch=COUNT, micro_batch=COUNT, lr=AT_LEAST_0, warmup=SHARE,
                   max_tokens=COUNT, max_grad_norm=ABOVE_0, log_every=COUNT, resume_every=COUNT,
                   seed=ANY)
+    if cfg.wandb_project:
+        extra("wandb_mirror", "--wandb_project").check(cfg)
     check_model(cfg.model, "model", "python data/toy/prepare.py, or name any Llama-like model",
                 weights="new")
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
@@ -87,10 +90,13 @@ def main(cfg):
     # ---------------------------------------------------------------- inputs
     tokenizer, rows, numbers, prompts, responses = check(cfg)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    unimportant = ("micro_batch", "resume_every", "log_every")
+    unimportant = ("micro_batch", "resume_every", "log_every", "wandb_project")
     inputs = [cfg.model, cfg.data]
     if begin(cfg, "sft", unimportant=unimportant, inputs=inputs, rows=len(rows)):
         return say(f"{cfg.out} is finished; nothing to do")
+    mirror = None
+    if cfg.wandb_project:
+        mirror = extra("wandb_mirror").mirror(cfg)
 
     # ---------------------------------------------------------------- model
     device, mesh, dtype = setup(cfg.dtype)
@@ -141,8 +147,11 @@ def main(cfg):
         if step % cfg.log_every == 0 or last:
             seconds = time.time() - started
             all_tokens = sum(lengths[row] for row in batch)  # with prompts
-            log_metrics(cfg.out, dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=seconds,
-                                      tokens=all_tokens))
+            row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, seconds=seconds,
+                       tokens=all_tokens)
+            log_metrics(cfg.out, row)
+            if mirror:
+                mirror(row)
         if (step + 1) % cfg.resume_every == 0 and not last:
             saved = step + 1
             save_checkpoint(cfg.out, saved, model, optimizer)  # all ranks

@@ -1,7 +1,28 @@
-"""Alarms of a ppo.py run, in words. ppo.py prints them if this folder is there."""
-import math, statistics
+"""Alarms of a ppo.py run, in words, and a look at the disk before its first step. ppo.py has them
+if this folder is there."""
+import math, shutil, statistics
+from pathlib import Path
 
 import torch
+
+from plumbing.ranks import fail
+
+
+def check_disk(cfg, models, dtype):
+    """fail() unless the disk has room for what the run will write: a checkpoint (float32 weights,
+    Adam's two moments) next to the one before, a model every save_every steps and at the end"""
+    numel = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    checkpoint = 12 * sum(numel.values())
+    checkpoints = 1 if any(Path(cfg.out).glob("checkpoint_*")) else 2
+    folder = numel["policy"] * dtype.itemsize
+    steps = range(cfg.save_every, cfg.steps, cfg.save_every)
+    folders = 1 + sum(not Path(cfg.out, f"step_{step}").exists() for step in steps)
+    need = checkpoints * checkpoint + folders * folder
+    free = shutil.disk_usage(cfg.out).free
+    if need > free:
+        fail(f"--out={cfg.out} has {free / 1e9:.3g} GB free, this run needs {need / 1e9:.3g} GB: "
+             f"{checkpoints} checkpoint(s) of {checkpoint / 1e9:.3g} GB and {folders} model "
+             f"folder(s) of {folder / 1e9:.3g} GB; raise --save_every, or choose another --out")
 
 
 def length_pressure(cfg, r, mask, ended):

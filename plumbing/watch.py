@@ -1,5 +1,5 @@
-"""What ppo.py shows next to its rewards and losses; how a training handles signals, a full disk."""
-import contextlib, json, os, resource, shutil, signal, time
+"""What ppo.py shows next to its rewards and losses, and how a training handles signals."""
+import contextlib, json, os, resource, signal, time
 from pathlib import Path
 
 import torch
@@ -78,19 +78,3 @@ def check_start(cfg, done, last_lr):
         fail(f"{cfg.out} has a checkpoint, but no metrics.jsonl to continue; use --overwrite=true")
     if cfg.lr and last_lr == 0:
         say(f"ALARM: the learning rate is 0 before step {cfg.steps}; raise --lr_epochs")
-
-def check_disk(cfg, models, dtype):
-    """fail() unless the disk has room for what the run will write: a checkpoint (float32 weights,
-    Adam's two moments) next to the one before, a model every save_every steps and at the end"""
-    numel = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    checkpoint = 12 * sum(numel.values())
-    checkpoints = 1 if any(Path(cfg.out).glob("checkpoint_*")) else 2
-    folder = numel["policy"] * dtype.itemsize
-    steps = range(cfg.save_every, cfg.steps, cfg.save_every)
-    folders = 1 + sum(not Path(cfg.out, f"step_{step}").exists() for step in steps)
-    need = checkpoints * checkpoint + folders * folder
-    free = shutil.disk_usage(cfg.out).free
-    if need > free:
-        fail(f"--out={cfg.out} has {free / 1e9:.3g} GB free, this run needs {need / 1e9:.3g} GB: "
-             f"{checkpoints} checkpoint(s) of {checkpoint / 1e9:.3g} GB and {folders} model "
-             f"folder(s) of {folder / 1e9:.3g} GB; raise --save_every, or choose another --out")

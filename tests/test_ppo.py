@@ -1,6 +1,6 @@
 """ppo.py in numbers: a planted reward followed through a complete step, the gradient by finite
 differences, what must not change a result, and what a user sees. pytest tests/test_ppo.py"""
-import json, math, statistics, sys
+import json, math, statistics
 from types import SimpleNamespace
 
 import pytest, torch
@@ -11,7 +11,7 @@ from transformers import (AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import common, ppo
-from extras import alarms, wandb_mirror
+from extras import alarms
 from plumbing import files, watch
 
 CPU = torch.device("cpu")
@@ -483,8 +483,8 @@ def test_a_disk_too_small_is_reported_before_the_first_step(tiny, tmp_path, monk
     need = 2 * 12 * n + 4 * policy * 4  # two checkpoints; step_20, _40, _60 and the last model
 
     def check(free):
-        monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        watch.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
+        monkeypatch.setattr(alarms.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        alarms.check_disk(ppo.Config(out=str(tmp_path)), models, torch.float32)
 
     def refused(free):
         with pytest.raises(SystemExit):
@@ -499,29 +499,10 @@ def test_a_disk_too_small_is_reported_before_the_first_step(tiny, tmp_path, monk
 
 
 def test_a_run_that_would_fill_the_disk_does_not_start(planted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(alarms.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     with pytest.raises(SystemExit) as end:
         step_of(planted, tmp_path, monkeypatch)
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1
     assert "has 1e-05 GB free, this run needs " in line
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "run.lock"}
-
-
-def test_wandb_mirrors_the_rows_or_says_that_it_cannot(monkeypatch, capsys, tmp_path):
-    sent = []
-    run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
-
-    def init(**fields):
-        sent.append(fields)
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=ValueError))
-    cfg = ppo.Config(out=str(tmp_path), wandb_project="mine")
-    wandb_mirror.mirror(cfg)(dict(step=4, reward=1.0))
-    assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow"
-    assert sent[1] == (4, dict(step=4, reward=1.0))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    with pytest.raises(SystemExit) as end:
-        wandb_mirror.mirror(cfg)
-    assert end.value.code == 2 and "wandb is not installed" in capsys.readouterr().err
