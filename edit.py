@@ -14,6 +14,11 @@ edits.jsonl, one row per distinct question: an edit, or a failure (edited: null)
 the raw reply. Each row is written as soon as it is known. Stop or kill the run at any moment: the
 same command continues, and asks again for what failed. Claude needs ANTHROPIC_API_KEY.
 
+The person's page keeps what is typed, who edited a row and for how long. --guide=FILE shows a text
+next to the answers; --port=N is its address, also through the ssh line that is printed. With
+--annotators=2 two people divide the rows and both edit a share of them (--shared=0.1); edit.py
+stats prints how far they agree.
+
 The paper's Claude-2 is no longer offered. Newer models reject a prefilled assistant turn; they get
 the same request and are asked to answer between tags.
 """

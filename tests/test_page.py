@@ -486,6 +486,43 @@ def test_a_row_that_somebody_has_begun_comes_last(service):
     assert seen == ["k1", "k2", "k3", "k4", "k5", "k0"]
 
 
+def test_text_in_a_row_that_somebody_else_saved(service):
+    """It comes up at the end, and the other's edit is shown before it is replaced"""
+    cfg = edit.Config(out="e.jsonl")
+    service.call("hello", tab="a", who="Ann")
+    service.call("skip", tab="a", who="Ann", id="k0", text="Ann's")
+    service.call("leave", tab="a", who="Ann")
+    row = service.call("hello", tab="b", who="Bob")["row"]
+    while row:
+        row = service.call("save", tab="b", who="Bob", id=row["id"], version=0, text="Bob's")["row"]
+
+    reply = service.call("hello", tab="a", who="Ann")
+    assert (reply["row"]["id"], reply["row"]["text"]) == ("k0", "Ann's")
+    assert reply["note"].startswith("Somebody else has saved this row.")
+    reply = service.call("save", tab="a", who="Ann", id="k0", version=reply["row"]["version"],
+                         text="Ann's")
+    assert (reply["conflict"], reply["by"]) == ("Bob's", "Bob")
+
+    # She may leave it at that: her text stays on the disk, and the run can end without her.
+    assert service.call("finish", tab="a", who="Ann", id="k0", text="Ann's")["unsaved"] == 1
+    os.rename("drafts.jsonl", "e.jsonl.drafts.jsonl")
+    assert read_drafts(page.drafts_path(cfg))["k0", "Ann"].text == "Ann's"
+    assert page.todo(cfg, service.rows, service.done) == {}
+    os.rename("e.jsonl.drafts.jsonl", "drafts.jsonl")
+
+    # Or give it up, and the row is Bob's.
+    row = service.call("reset", tab="a", who="Ann", id="k0", text="Ann's")["row"]
+    assert "conflict" in service.call("save", tab="a", who="Ann", id="k0", nothing=True,
+                                      version=row["version"], text=row["text"])
+    assert service.call("skip", tab="a", who="Ann", id="k0", text=row["text"])["row"] is None
+    assert service.done["k0"]["edited"] == "Bob's"
+
+    # Bob's own change of a saved row is work that is left.
+    service.call("draft", tab="b", who="Bob", id="k1", text="better", count=1)
+    os.rename("drafts.jsonl", "e.jsonl.drafts.jsonl")
+    assert list(page.todo(cfg, service.rows, service.done)) == ["k1"]
+
+
 def test_shared_rows_are_edited_by_both(make_service):
     """Neither sees the other's edit; the row keeps both"""
     service = make_service(20, annotators=2, share=0.25)
@@ -542,9 +579,25 @@ def test_finish_is_possible_at_any_time(make_service):
     reply = service.call("finish", tab="a", id="k0", text="begun", sure="finish")
     assert reply["finished"] == "You are done. The run continues for Bob."
     assert not service.desk.finished.is_set()
+    assert read_drafts("drafts.jsonl")["k0", "Ann"].text == "begun"
+
+    # Her other tab keeps nobody waiting, unless she goes on there.
+    service.call("alive", tab="a2", id="k2")
+    service.call("draft", tab="a2", id="k2", text="more", count=1)
+    reply = service.call("finish", tab="b", who="Bob", id="k1", text="", sure="finish")
+    assert reply["finished"] == "You are done. The run continues for Ann."
+    service.call("finish", tab="a2", id="k2", text="more", sure="finish")
+    assert service.desk.finished.wait(5)
+
+
+def test_the_other_tab_of_a_person_who_finished(service):
+    service.call("hello", tab="a")
+    service.call("hello", tab="b", who="Bob")
+    service.call("finish", tab="a", id="k0", text="begun", sure="finish")
+    service.call("alive", tab="a2", id="k2")
+    service.call("leave", tab="a2", id="k2", text="", count=1)
     service.call("finish", tab="b", who="Bob", id="k1", text="", sure="finish")
     assert service.desk.finished.wait(5)
-    assert read_drafts("drafts.jsonl")["k0", "Ann"].text == "begun"
 
 
 # ---------------------------------------------------------------- stats and diff.py

@@ -93,6 +93,7 @@ class Desk:
         self.numbers = {key: place + 1 for place, key in enumerate(self.keys)}
         self.tabs = {}          # name -> Tab
         self.lock = threading.Lock()
+        self.ended = set()      # people who have pressed Finish and done nothing since
         self.is_over = False    # has everybody finished?
         self.finished = threading.Event()  # set when they know it
         orders = [edit["order"] or 0 for row in done.values() for edit in edits_of(row)]
@@ -128,8 +129,8 @@ class Desk:
 
     def live_tabs(self):
         now = self.clock()
-        return [tab for tab in self.tabs.values()
-                if now - tab.seen <= (LEASE_HIDDEN if tab.hidden else LEASE)]
+        return [tab for tab in self.tabs.values() if tab.who not in self.ended
+                and now - tab.seen <= (LEASE_HIDDEN if tab.hidden else LEASE)]
 
     def enter(self, tab, who, id, *, active=True):
         """What each call begins with: count the person's time, note which row the page shows"""
@@ -196,7 +197,7 @@ class Desk:
 
     def next_key(self, tab, *, resume=False):
         """The next row for this tab's person: an open one, then those that the person skipped, then
-        those that somebody else has begun, then done ones with text that was not saved.
+        those that somebody else has begun, then done ones with text of theirs that was not saved.
 
         resume: first of all the open row in which the person typed last. None: nothing is left."""
         who = self.tabs[tab].who
@@ -222,7 +223,8 @@ class Desk:
 
         if free:
             return min(free, key=lambda key: (key in begun, skips(key)))  # of equals, the first
-        unsaved = [key for key in typed if key in self.rows and self.edit_by(key, who)]
+        unsaved = [key for key in typed if key in self.rows
+                   and (self.edit_by(key, who) or key not in holders)]
         return min(unsaved, key=skips, default=None)
 
     # ------------------------------------------------------------ what the page shows
@@ -240,6 +242,7 @@ class Desk:
     def show(self, key, tab, note=""):
         """The state that makes a tab show a row; key None: there is no row for it"""
         who = self.tabs[tab].who
+        self.ended.discard(who)
         self.enter(tab, who, key, active=False)
         state = {**self.counts(), "row": None, "note": note}
         if key is None:
@@ -255,8 +258,11 @@ class Desk:
         self.tabs[tab].known = (key, row["text"])
         row["others"] = len(draft.others)
         row["is_done"] = edit is not None
-        row["version"] = self.version(key, who)
+        row["version"] = edit["order"] if edit else 0
         row["number"] = self.numbers[key]
+        if edit is None and len(self.edits(key)) >= self.needed(key):
+            state["note"] = note or ("Somebody else has saved this row. This is your text, which "
+                                     "is not saved.")
         return state | {"row": row}
 
     def why_none(self, who):
@@ -264,9 +270,10 @@ class Desk:
         left = [key for key in self.keys if len(self.edits(key)) < self.needed(key)]
         mine = [key for key in left if not self.edit_by(key, who)]
         if mine:
-            return f"{len(mine)} rows are left; they are open in other tabs."
+            return (f"Rows left: {len(mine)}. They are open in other tabs; load this page again to "
+                    "see whether one is free.")
         if left:
-            return f"You are done. {len(left)} rows wait for somebody else's edit, too."
+            return f"You are done. Rows that wait for somebody else's edit, too: {len(left)}."
         edits = [edit for key in self.keys for edit in self.edits(key)]
         unchanged = sum(bool(edit["unchanged"]) for edit in edits)
         return f"All rows are done. There was nothing to change in {unchanged} of them."
@@ -369,6 +376,7 @@ class Desk:
     def draft(self, tab, who, id, text, count):
         """The person has typed. count: grows with each draft of a browser"""
         page = self.enter(tab, who, id)
+        self.ended.discard(who)
         if count > page.count:
             page.count = count
             self.keep(tab, who, id, text, count)
@@ -526,7 +534,7 @@ class Desk:
         if sure != "finish" and (counts["done"] < counts["total"] or unsaved):
             return {"ask": "finish", "left": counts["total"] - counts["done"],
                     "unsaved": len(unsaved)}
-        self.tabs = {name: page for name, page in self.tabs.items() if page.who != who}
+        self.ended.add(who)
         others = sorted({page.who for page in self.live_tabs()})
         if others:
             return {"finished": f"You are done. The run continues for {', '.join(others)}."}

@@ -10,7 +10,7 @@ import json, os, re, secrets, socket, sys, threading, webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from extras.editors.desk import Desk, open_rows
+from extras.editors.desk import Desk, edits_of, open_rows
 from extras.editors.drafts import Drafts, read_drafts
 from extras.pages import STYLE
 from plumbing.files import COUNT, SHARE, check_numbers
@@ -142,10 +142,12 @@ def drafts_path(cfg):
 
 
 def todo(cfg, rows, done):
-    """The rows that need a person: without an edit, or with text that was not saved -> dict"""
+    """The rows that need a person: without an edit, or with a change of an edit that its person has
+    not saved -> dict. (Text of a person whose row somebody else has saved holds up no run.)"""
     left = open_rows(rows, done, cfg.annotators, cfg.shared)
-    for (key, _), draft in read_drafts(drafts_path(cfg)).items():
-        if draft.text is not None and key in rows:
+    for (key, who), draft in read_drafts(drafts_path(cfg)).items():
+        people = [edit["who"] for edit in edits_of(done.get(key))]
+        if draft.text is not None and key in rows and who in people:
             left[key] = rows[key]
     return left
 
@@ -165,6 +167,9 @@ def serve(cfg, rows, done, save, stop):
     server = make_server(desk, token, port)
     remember(address, server.server_port, token)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    if desk.shared:
+        say(f"{len(desk.shared)} of {len(rows)} rows are for each of {cfg.annotators} people, the "
+            "others for one of them")
     tell_address(server.server_port, token)
     while not desk.finished.is_set() and not stop.wait(0.2):
         pass

@@ -4,9 +4,9 @@
     python extras/editors/walk.py out/walk
 
 It starts edit.py, opens Debian's chromium at 1280 and at 390 pixels, light and dark, and checks
-what only a browser can show: keys, input methods, the live diff, the growing field, two tabs, a
-reload, and a kill of the browser and of the server while text is in the field. Screenshots go to
-the folder; look at them.
+what only a browser can show: keys, input methods, the live diff, the growing field, that the caret
+and the notes are in view, that a thumb can hit the buttons, two tabs, a reload, and a kill of the
+browser and of the server while text is in the field. Screenshots go to the folder; look at them.
 """
 import json, os, re, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -71,9 +71,9 @@ class Browser:
         self.dark = dark
         self.set_size()
 
-    def set_size(self):
+    def set_size(self, height=900):
         """A headless window is at least 500 pixels wide: a phone's width needs the protocol"""
-        size = dict(width=self.width, height=900, deviceScaleFactor=1, mobile=self.width < 500)
+        size = dict(width=self.width, height=height, deviceScaleFactor=1, mobile=self.width < 500)
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if self.dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
@@ -122,14 +122,24 @@ class Browser:
         """Half a character cannot travel through the driver: it is shown as U+FFFD"""
         return self.js("return $('field').value.toWellFormed()")
 
-    def shot(self, name):
-        """The page from top to bottom"""
-        height = self.js("return Math.min(2400, document.documentElement.scrollHeight)")
-        size = dict(width=self.width, height=height, deviceScaleFactor=1, mobile=self.width < 500)
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    def shot(self, name, *, whole=True):
+        """The page from top to bottom, or what is in view. Nothing is too wide, and on a phone
+        whatever can be pressed is 44 pixels high."""
+        assert self.js("return document.documentElement.scrollWidth <= innerWidth"), "too wide"
+        small = self.js("return [...document.querySelectorAll('button, input, summary')].filter("
+                        "e => e.offsetHeight && e.offsetHeight < 43.9).map(e => e.textContent)")
+        assert self.width > 500 or not small, small
+        if whole:
+            self.set_size(self.js("return Math.min(2400, document.documentElement.scrollHeight)"))
         scheme = "dark" if self.dark else "light"
         self.driver.save_screenshot(f"{name}_{self.width}_{scheme}.png")
-        self.set_size()
+        if whole:
+            self.set_size()
+
+    def top_and_bottom(self, name):
+        """Where an element is in the window"""
+        return self.js("const box = $(arguments[0]).getBoundingClientRect();"
+                       "return [box.top, box.bottom]", name)
 
     def kill(self):
         """As a crash does: no event of the page runs"""
@@ -156,7 +166,6 @@ def first_rows(browser):
     assert browser.driver.title == "Minimal edits"
     assert "<script>" in browser.js("return $('instruction').textContent")
     assert browser.js("return document.activeElement.id") == "field"
-    assert browser.js("return document.documentElement.scrollWidth <= innerWidth"), "too wide"
     assert browser.js("return $('guide').textContent").startswith("How to edit")
 
     # A word, then an Escape that belongs to an input method or to a menu of the browser.
@@ -181,6 +190,7 @@ def first_rows(browser):
     changes = browser.js("return [...$('diff').children].map(part => part.tagName)")
     assert changes == ["SPAN", "DEL", "INS", "SPAN"], changes
     browser.shot("3_phrase")
+    see_the_last_line(browser)
     browser.press(Keys.ALT, "b")
     browser.until_row(1)
     assert browser.field().startswith("The answer 0")
@@ -227,6 +237,30 @@ def first_rows(browser):
     browser.until("$('ask').hidden && !busy")
 
 
+def see_the_last_line(browser):
+    """In a low window, the caret at the end of a long answer is above the buttons, and the buttons
+    are reached by Tab without a jump of the page"""
+    from selenium.webdriver.common.keys import Keys
+    browser.set_size(420)
+    browser.press(Keys.CONTROL, Keys.END)
+    browser.press("x")
+    browser.press(Keys.BACKSPACE)
+    time.sleep(0.3)
+    browser.shot("3_last_line", whole=False)
+    last_line = browser.top_and_bottom("field")[1] - 12  # without the field's padding
+    is_fixed = browser.js("return getComputedStyle($('buttons')).position === 'sticky'")
+    limit = browser.top_and_bottom("buttons")[0] if is_fixed else 420
+    assert last_line <= limit, (last_line, limit)
+    before = browser.js("return scrollY")
+    browser.press(Keys.TAB)
+    assert browser.js("return document.activeElement.id") == "save"
+    assert browser.js("return scrollY") == before or not is_fixed
+    browser.shot("3_tab", whole=False)
+    browser.press(Keys.SHIFT, Keys.TAB)
+    assert browser.js("return document.activeElement.id") == "field"
+    browser.set_size()
+
+
 def reload_and_tabs(browser, url):
     """A reload keeps the row and its text; a second tab gets another row"""
     from selenium.webdriver.common.keys import Keys
@@ -271,14 +305,21 @@ def walk(width, dark):
     browser.replace("wrong", "KILLED")
     browser.until("$('note').textContent.startsWith('The run has ended')")
     browser.shot("5_no_server")
+    browser.set_size(320)
+    browser.press(Keys.CONTROL, Keys.END)
+    top, bottom = browser.top_and_bottom("note")
+    browser.shot("5_note_stays", whole=False)
+    assert browser.js("return scrollY") > 0 and 0 <= top < bottom <= 320, (top, bottom)
+    browser.set_size()
     process, again = start_run(out)
     assert again == url
     browser.until_sent()
     browser.until("$('note').textContent === ''")
 
-    # The browser is killed a moment after the last key.
+    # The browser is killed a moment after the last key. (A key is on the disk in about 10 ms, on a
+    # busy machine in 150.)
     browser.replace("Second", "BROWSER")
-    time.sleep(0.1)
+    time.sleep(0.5)
     browser.kill()
     browser = Browser(profile, width, dark)
     browser.driver.get(url)
