@@ -499,6 +499,8 @@ def test_text_in_a_row_that_somebody_else_saved(service):
     reply = service.call("hello", tab="a", who="Ann")
     assert (reply["row"]["id"], reply["row"]["text"]) == ("k0", "Ann's")
     assert reply["note"].startswith("Somebody else has saved this row.")
+    again = service.call("skip", tab="a", who="Ann", id="k0", text="Ann's")
+    assert (again["row"]["id"], again["note"]) == ("k0", reply["note"])
     reply = service.call("save", tab="a", who="Ann", id="k0", version=reply["row"]["version"],
                          text="Ann's")
     assert (reply["conflict"], reply["by"]) == ("Bob's", "Bob")

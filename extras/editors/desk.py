@@ -261,8 +261,8 @@ class Desk:
         row["version"] = edit["order"] if edit else 0
         row["number"] = self.numbers[key]
         if edit is None and len(self.edits(key)) >= self.needed(key):
-            state["note"] = note or ("Somebody else has saved this row. This is your text, which "
-                                     "is not saved.")
+            state["note"] = ("Somebody else has saved this row. This is your text, which is not "
+                             "saved.")
         return state | {"row": row}
 
     def why_none(self, who):
