@@ -215,10 +215,6 @@ def load_model(path, device, mesh, dtype, *, head=None, frozen=False, checkpoint
     if not mesh:
         return model.to(device)
 
-    # save_model() on rank 0 writes the folder's own generation_config.
-    if full_model and not head:
-        model.generation_config = full_model.generation_config
-
     # Shard each layer, then the root; each rank gets memory for its own shards.
     shard(model, mesh, dtype, frozen=frozen)
     model.to_empty(device=device)

@@ -371,11 +371,11 @@ def resume(cfg, models, optimizer, tokenizer, dtype, last_lr):
     """Load the newest checkpoint, if there is one -> steps done, their rows of metrics.jsonl"""
     done = load_checkpoint(cfg.out, models, optimizer)
     watch.check_start(cfg, done, last_lr)
+    trim_logs(cfg.out, done)
     if 0 < done < cfg.steps and done % cfg.save_every == 0:
         # When --steps was raised, the former last model becomes out/step_N.
         if not Path(cfg.out, f"step_{done}").exists():
             save_step(models["policy"], tokenizer, cfg.out, done, dtype)
-    trim_logs(cfg.out, done)
     history = [row for row in logged(Path(cfg.out, "metrics.jsonl")) if row["step"] < done]
     return done, history
 

@@ -15,13 +15,16 @@ import torch, transformers
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as states
 from tqdm import tqdm
+from transformers import GenerationConfig
 
+from plumbing.command_line import extra
 from plumbing.files import replacing, write_jsonl
 from plumbing.ranks import RANK, WORLD, barrier, fail, say
 
 # What a stage leaves in its folder, and next to a file while it is being made.
 RESULTS = ("checkpoint_*", "step_*", "metrics.jsonl", "samples.jsonl", "config.json")
 UNFINISHED = (".parts", ".replies", ".batches", ".batches.json")
+SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)  # as evaluate.py decode
 FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
@@ -293,19 +296,29 @@ def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
         folder = Path(out, "saving.tmp")
         shutil.rmtree(folder, ignore_errors=True)
         model.config.eos_token_id = tokenizer.eos_token_id
-        if getattr(model, "generation_config", None):
+        if model.can_generate():
             ends = sorted({tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())})
-            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+            eos = ends if len(ends) > 1 else ends[0]
+            model.generation_config = GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
+                pad_token_id=tokenizer.pad_token_id, **SAMPLING)
         model.save_pretrained(folder, state_dict=state)
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
+        if hasattr(model, "score"):
+            config |= dict(problem_type="regression", id2label={0: "reward"},
+                           label2id={"reward": 0})
         if sequence_pad is not None:
             names = [name.replace("ForToken", "ForSequence") for name in config["architectures"]]
             config |= {"architectures": names, "pad_token_id": sequence_pad}
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(sequence_pad)
         tokenizer.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+        card = extra("card")
+        if card:  # None where extras/ was deleted
+            card.write(folder, out, tokenizer)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            shutil.copymode(folder / "config.json", file)  # safetensors' is for its owner only
             os.replace(file, Path(out, file.name))
         folder.rmdir()
     barrier()

@@ -66,6 +66,7 @@ def test_everything_but_extras_runs_without_extras(tmp_path, world):
 
     stage("data/toy/prepare.py", "--out=d", *SMALL)
     stage("sft.py", "--model=d/model", "--data=d/sft.jsonl", "--out=sft", *SFT)
+    assert (home / "sft/config.json").exists() and not (home / "sft/README.md").exists()
     edited = stage("edit.py", "--data=d/pref.jsonl", "--editor=rules", "--out=edits.jsonl")
     assert "48 rows:" in edited and "0 failed" in edited
     stage("diff.py", "--data=edits.jsonl", "--tokenizer=sft", "--out=diffs.jsonl")
