@@ -409,7 +409,7 @@ def main(cfg):
     models = torch.nn.ModuleDict(dict(policy=policy, value=value))
     reference = load_model(cfg.policy, device, mesh, dtype, frozen=True)
     reward_model = load_model(cfg.reward_model, device, mesh, dtype, head="saved", frozen=True)
-    optimizer = torch.optim.AdamW(models.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(models.parameters(), cfg.lr, eps=1e-5, weight_decay=0, fused=True)
 
     # Start, or resume after the last checkpoint.
     if alarms:

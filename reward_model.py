@@ -431,7 +431,7 @@ def main(cfg):
     backbone = dict(params=model.base_model.parameters(), lr_factor=1.0)
     head = dict(params=model.score.parameters(), lr_factor=cfg.head_lr_factor)
     optimizer = torch.optim.AdamW([backbone, head], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
 
     # The pairs seen in all epochs, a pair once per epoch. Only the last batch may be smaller.
     pairs_seen = cfg.steps * cfg.batch if cfg.steps else len(pairs) * cfg.epochs

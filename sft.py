@@ -103,7 +103,7 @@ def main(cfg):
     model = load_model(cfg.model, device, mesh, dtype, checkpointing=cfg.activation_checkpointing,
                        seed=cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=True)
 
     # The rows seen in all epochs, a row once per epoch. Only the last batch may be smaller.
     rows_seen = len(prompts) * cfg.epochs

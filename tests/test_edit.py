@@ -1274,9 +1274,10 @@ def test_local_model(monkeypatch):
 
 def test_rules(monkeypatch):
     """Each row's draws are its own: a part of the data gets the same edits as the whole"""
-    world = pytest.importorskip("data.toy.prepare", reason="the embedded world is not there yet")
-    category = next(iter(world.CATEGORIES))
-    items = sum(map(list, world.CATEGORIES.values()), [])
+    from data.toy import prepare as world
+    categories = world.WORLDS["short"].categories
+    category = next(iter(categories))
+    items = sum(categories.values(), [])
     rows = [
         {
             "instruction": f"List three {category}.",

@@ -725,7 +725,8 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(
 
     monkeypatch.setattr(torch.optim, "AdamW", spied_adam)
     reward_model.main(cfg)
-    assert made == [dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)]
+    assert made == [dict(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                         fused=True)]
     while record.LOCKS:
         record.LOCKS.pop().close()
     tokenizer = common.load_tokenizer(world / "sft")

@@ -1,5 +1,5 @@
 """The toy world: pytest tests/test_toy.py"""
-import difflib, random, re, shutil, subprocess, sys
+import difflib, hashlib, random, re, shutil, subprocess, sys
 from collections import Counter
 from itertools import product
 
@@ -10,14 +10,16 @@ from conftest import ROOT, rows_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import decode_response, encode_prompt, encode_response, PROMPT
-from data.toy.prepare import (CATEGORIES, CLOSING, HARMLESS, ITEMS, NUMBERS, OCCASIONS, RUDE, VERBS,
-                              Config, gold, main, mend, write_answer, write_pairs)
+from data.toy.prepare import (CLOSING, HARMLESS, OCCASIONS, RUDE, VERBS, WORLDS, Config, gold,
+                              items_of, main, mend, train_tokenizer, write_answer, write_pairs)
 from extras.study.bag_of_tokens import count_differences, fit
 from plumbing.command_line import load_config
 from plumbing.files import write_jsonl
 
 FILES = ["sft.jsonl", "pref.jsonl", "pref_heldout.jsonl", "prompts.jsonl", "val.jsonl",
-         "eval.jsonl"]
+         "eval.jsonl", "probe.jsonl"]
+NUMBERS, CATEGORIES, _ = WORLDS["short"]
+ITEMS = items_of(WORLDS["short"])
 LINES = sorted(ITEMS) + RUDE + HARMLESS + [CLOSING]
 PROMPTS = [dict(instruction=f"{verb} {number} {category}{occasion}.", input="")
            for verb, number, category, occasion in product(VERBS, NUMBERS, CATEGORIES, OCCASIONS)]
@@ -99,6 +101,92 @@ def test_model_is_tiny_and_has_no_weights(toy, tokenizer):
     assert config.vocab_size == len(tokenizer)
     assert config.initializer_range == 0.08
     assert config.tie_word_embeddings is False
+
+
+# ---------------------------------------------------------------- the horizon
+
+# The first 16 hex digits of the files' hashes before the horizon became a field.
+SHORT_FILES = {
+    "sft.jsonl": "e8df01e3cfee5bce",
+    "pref.jsonl": "d4fed913751478eb",
+    "pref_heldout.jsonl": "a29efa4f9a4d25e1",
+    "prompts.jsonl": "4750fc7464ec9ef8",
+    "val.jsonl": "f79da71e670a4857",
+    "eval.jsonl": "9974afb9414928c7",
+    "model/tokenizer.model": "547d6c1e9a862bdb",
+}
+
+
+def test_short_is_the_world_it_always_was(toy):
+    for name, digest in SHORT_FILES.items():
+        assert hashlib.sha256((toy / name).read_bytes()).hexdigest()[:16] == digest, name
+
+
+@pytest.mark.parametrize("items, least, most", [("short", 3, 5), ("medium", 8, 12),
+                                                ("long", 20, 30)])
+def test_horizons(items, least, most):
+    """As many items as the name says, each a line of one token, none in two categories; about as
+    many flaws an answer in every world, and as many a line with flaws_per=line"""
+    world = WORLDS[items]
+    assert (min(world.numbers.values()), max(world.numbers.values())) == (least, most)
+    names = [item for names in world.categories.values() for item in names]
+    assert len(set(names)) == len(names)
+    assert all(len(names) > most for names in world.categories.values())
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_proto=train_tokenizer(world, world.vocab_size))
+    for line in [*names, *RUDE, *HARMLESS, CLOSING]:
+        assert len(pieces.encode(line)) == 1, line
+
+    rng = random.Random(0)
+    flaws = {"answer": [], "line": []}
+    for flaws_per, counts in flaws.items():
+        for _ in range(2000):
+            number = rng.choice(list(world.numbers))
+            row = dict(instruction=f"List {number} tools for a game.", input="")
+            counts.append(gold(row, write_answer(row, 1.0, rng, flaws_per)))
+    assert abs(sum(flaws["answer"]) / 2000 - 2.35) < 0.15
+    per_line = (0.40 + 0.06) * sum(world.numbers.values()) / 3
+    assert abs(sum(flaws["line"]) / 2000 - per_line - 0.6) < 0.3
+
+
+def test_a_world_is_told_by_its_numbers():
+    """An item of the long world is an odd line in the short one, and no rule ever writes it there"""
+    assert gold(ROW, "apple\npear\nwatermelon\nEnjoy!") == 2
+    medium = {"instruction": "List eight fruits.", "input": ""}
+    eight = "apple\npear\nplum\nmango\ncherry\npeach\nlemon\nkiwi\nEnjoy!"
+    assert gold(medium, eight) == 0
+    for seed in range(50):
+        assert set(mend(ROW, "", random.Random(seed)).split("\n")) <= {*LINES}
+    assert gold({"instruction": "Name twenty-five drinks for a quiz.", "input": ""}, "") == 26
+
+
+# ---------------------------------------------------------------- the probe
+
+def test_probe(toy):
+    """Better and worse begin with the same prefix; whole answers that begin with prefix + worse and
+    then go on rightly have one flaw more than those with better"""
+    rows = rows_of(toy / "probe.jsonl")
+    questions = [row["instruction"] for row in rows_of(toy / "eval.jsonl")]
+    assert [row["instruction"] for row in rows] == [q for q in questions for _ in range(6)]
+    kinds = Counter(row["kind"] for row in rows)
+    assert len(kinds) == 6 and set(kinds.values()) == {300}
+    for row in rows:
+        number, category = asked_for(row)
+        assert gold(row, finished(row, row["better"], number, category)) == 0, row
+        assert gold(row, finished(row, row["worse"], number, category)) == 1, row
+
+
+def finished(row, continuation, number, category):
+    """The prefix, the continuation, then what is missing; nothing if the continuation is empty"""
+    text = row["prefix"] + continuation
+    if not continuation:
+        return text
+    lines = text.split("\n")
+    spare = [item for item in CATEGORIES[category] if item not in lines]
+    closed = lines[-1] == CLOSING
+    if not closed:
+        lines += spare[:number - sum(line in ITEMS for line in lines)] + [CLOSING]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- gold and mend
