@@ -9,10 +9,11 @@ minimally edited, y_w.
     python edit.py data/toy/pref.jsonl --editor=rules          # the toy world's rule-based editor
     python edit.py stats out/edits.jsonl --tokenizer=out/sft   # are they minimal? Anybody's edits
 
-In: pref.jsonl (the preferred answer is not used), or rows with instruction, input, original. Out:
-edits.jsonl, one row per distinct question: an edit, or a failure (edited: null) with its reason and
-the raw reply. Each row is written as soon as it is known. Stop or kill the run at any moment: the
-same command continues, and asks again for what failed. Claude needs ANTHROPIC_API_KEY.
+In: pref.jsonl (the preferred answer is not used), a model's outputs.jsonl from evaluate.py decode,
+or rows with instruction, input, original. Out: edits.jsonl, one row per distinct question: an edit,
+or a failure (edited: null) with its reason and the raw reply. Each row is written as soon as it is
+known. Stop or kill the run at any moment: the same command continues, and asks again for what
+failed. Claude needs ANTHROPIC_API_KEY.
 
 The person's page keeps what is typed, who edited a row and for how long. --guide=FILE shows a text
 next to the answers; --port=N is its address, also through the ssh line that is printed. With
@@ -57,7 +58,7 @@ TAGS = ("Write the improved response between <edited> and </edited>, and nothing
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, or instruction, input, original
+    data: str = "data/alpacafarm/pref.jsonl"  # pref.jsonl, outputs.jsonl, or rows with `original`
     editor: Literal["claude", "human", "local", "rules"] = "claude"
     model: str = "claude-sonnet-4-6"  # one of the API's; local: a chat model's folder or name
     out: str = "out/edits.jsonl"
@@ -86,12 +87,17 @@ def read_rows(cfg):
 
     The id is a hash of all that is asked, so rows that ask the same are one."""
     fields = {"instruction": str, "input": (str, type(None))}
-    is_pair = "original" not in read_jsonl(cfg.data, fields)[0]
+    first = read_jsonl(cfg.data, fields)[0]
+    is_output = "output" in first and "output_1" not in first and "original" not in first
+    is_pair = not is_output and "original" not in first
     own_fields = {"id", "edited", "editor", "model", "stop_reason", "usage", "error", "raw", "cut"}
     if is_pair:
         pair_fields = {"output_1": str, "output_2": str, "preference": (1, 2)}
         fields |= pair_fields
         own_fields |= pair_fields.keys()
+    elif is_output:
+        fields["output"] = str
+        own_fields |= {"output", "generator"}
     else:
         fields["original"] = str
     if cfg.editor == "human":
@@ -105,7 +111,7 @@ def read_rows(cfg):
 
     rows = {}
     for source in given:
-        name = "original"
+        name = "output" if is_output else "original"
         if is_pair:  # the less preferred answer y_l; no editor ever sees the preferred one
             name = "output_2" if source["preference"] == 1 else "output_1"
         asked = [source["instruction"], source["input"] or "", source[name], cfg.editor, *wording]

@@ -15,7 +15,8 @@ winrate  the share of pairs that ours wins, its error, and possible biases: orde
          unreadable verdicts
 best     of each run the kept model with the highest win rate on val.jsonl's questions
 rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens
-         that people changed
+         that people changed. On a probe: after the same prefix, is the better token above the
+         worse one? Accuracy does not show that
 report   Tables 1, 2 and 3 of the paper next to ours, and a page of figures, from run folders alone
 
 decode, rewards and judge --judge=reward_model run a model. They also work under torchrun, with the
@@ -31,7 +32,8 @@ import torch
 
 from common import (decode_response, encode_prompt, encode_response, end_ids, generate,
                     load_model, load_tokenizer, my_micro_batches, pack,
-                    reward_level, row_uniforms, setup, token_heads, total_rewards, unsharded)
+                    reward_level, row_uniforms, setup, token_heads, token_texts, total_rewards,
+                    unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
 from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl,
@@ -675,7 +677,8 @@ def kept_models(run):
 @dataclass(frozen=True)
 class RewardsConfig:
     reward_model: str = "out/rm"
-    data: list[str] = ()                        # held-out preferences, or edits (original, edited)
+    data: list[str] = ()                        # held-out preferences, edits (original, edited), or
+                                                # a probe (prefix, better, worse, kind)
     out: str | None = None                      # the report reads <reward model>/rewards.json
     json: bool = False
     max_tokens: int = 512                       # prompt + answer; longer pairs are dropped
@@ -687,9 +690,12 @@ class RewardsConfig:
     allow_changed_code: bool = False            # continue although evaluate.py or common.py changed
 
 def read_held_out(path, tokenizer, max_tokens):
-    """A file of preferences or edits -> dict: data (its path), kind, pairs (row, prompt, better
-    answer, worse answer; ids), dropped (reason -> count)"""
-    kind = "edits" if "edited" in read_jsonl(path, {})[0] else "preferences"
+    """A file of preferences, edits or a probe -> dict: data (its path), kind, pairs (row, prompt,
+    better answer, worse answer; ids), dropped (reason -> count)"""
+    first = read_jsonl(path, {})[0]
+    if "prefix" in first:
+        return read_probe(path, tokenizer, max_tokens)
+    kind = "edits" if "edited" in first else "preferences"
     fields = {"instruction": str, "input": (str, type(None))}
     if kind == "edits":
         fields |= {"original": str, "edited": (str, type(None))}
@@ -718,6 +724,51 @@ def read_held_out(path, tokenizer, max_tokens):
     if not pairs:
         fail(f"{path}: no pair is left; dropped: {dropped}")
     return dict(data=path, kind=kind, pairs=pairs, dropped=dropped)
+
+def read_probe(path, tokenizer, max_tokens):
+    """A probe: two continuations of one prefix -> as read_held_out(). A pair's answers are prefix +
+    better and prefix + worse, each encoded as a whole; row["at"] is the first id that differs"""
+    fields = {"instruction": str, "input": (str, type(None)), "prefix": str, "better": str,
+              "worse": str, "kind": str}
+    pairs = []
+    dropped = Counter()
+    for number, row in enumerate(read_jsonl(path, fields), 1):
+        if row["better"] == row["worse"]:
+            fail(f"{path}:{number}: better and worse are the same")
+        prompt = encode_prompt(tokenizer, row)
+        better = encode_response(tokenizer, row["prefix"] + row["better"])
+        worse = encode_response(tokenizer, row["prefix"] + row["worse"])
+        differs = [at for at, (w, l) in enumerate(zip(better, worse)) if w != l]
+        if not differs:
+            dropped["the tokenizer sees no difference"] += 1
+            continue
+        at = differs[0]
+
+        # A token can cross the end of the prefix: then the two differ where nothing was decided.
+        shared = sum(map(len, token_texts(tokenizer, better[:at])))
+        if shared < len(row["prefix"]):
+            dropped["a token crosses the end of the prefix"] += 1
+        elif len(prompt) + max(len(better), len(worse)) > max_tokens:
+            dropped["too long"] += 1
+        else:
+            pairs.append((row | dict(at=at), prompt, better, worse))
+    dropped = dict(dropped)
+    if not pairs:
+        fail(f"{path}: no row is left; dropped: {dropped}")
+    return dict(data=path, kind="probe", pairs=pairs, dropped=dropped)
+
+def probe_figures(pairs, r_w, r_l):
+    """Is r of the better token above r of the worse one, after the same prefix? pairs: from
+    read_probe(); r_w, r_l: lists of r_t. -> n, and for each kind the share that is (percent)"""
+    right = defaultdict(list)
+    for (row, _, _, _), better, worse in zip(pairs, r_w, r_l):
+        at = row["at"]
+        right[row["kind"]].append(100 * half_if_tied(better[at], worse[at]))
+    shares = []
+    for kind, values in right.items():
+        share, error = mean_and_error(values)
+        shares.append(dict(worse=kind, right=share, standard_error=error, n=len(values)))
+    return dict(n=len(pairs), shares=shares)
 
 def better_and_worse(row, kind):
     """The names of the fields that hold a pair's better and worse answer"""
@@ -835,7 +886,10 @@ def rewards(cfg):
         l = slice(len(pairs) + start, len(pairs) + stop)
         figures = dict(reward_model=cfg.reward_model, level=level, data=file["data"],
                        kind=file["kind"], dropped=file["dropped"])
-        figures |= pair_figures(file["pairs"], R[w], R[l])
+        if file["kind"] == "probe":
+            figures |= probe_figures(file["pairs"], r[w], r[l])
+        else:
+            figures |= pair_figures(file["pairs"], R[w], R[l])
         if file["kind"] == "edits":
             figures["edited_wins"] = 100.0  # by construction: the editor made it the better one
             figures |= figures_of_tokens(cfg, file["pairs"], r[w], r[l], tokenizer)

@@ -16,9 +16,7 @@ log pi(a_t | s_t) are read one position earlier.
 
 The paper writes [R_1..R_n] without KL (--kl_coef=0). Our defaults are AlpacaFarm's published
 script, which has it. Unlike there, every mean and whitening is over the real tokens of the complete
-batch, all ranks together. So results do not depend on micro-batches or the number of ranks, except
-for float noise: rollouts are decoded in fixed groups, each row has its own random numbers, and
-optimizer batches are drawn over all rows.
+batch, all ranks together. So micro-batches and ranks change results by float noise only.
 """
 import time
 from collections import defaultdict
@@ -68,8 +66,8 @@ class Config:
     missing_eos_penalty: float = 0.0    # subtracted at the last token of a response without EOS
     whiten_rewards: bool = True         # divide by their standard deviation, keep the mean
     whiten_advantages: bool = True
-    gamma: float = 1.0
-    lam: float = 1.0
+    gamma: float = 1.0                  # the paper's; 0: each token counts in its own state alone
+    lam: float = 1.0                    # no effect at gamma 0
     # update
     lr: float = 1e-5
     warmup_steps: int = 5               # linear warm-up; step 0 already uses lr / warmup_steps
@@ -135,7 +133,9 @@ def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation -> advantages, returns = advantages + values, [B, T] each.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lam A_{t+1}. The value after
-    the last real token is 0, also if the response was cut: the length limit is part of the task."""
+    the last real token is 0, also if the response was cut: the length limit is part of the task.
+    gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where both answers are in a
+    common state. At gamma 0 it changes no expected gradient; at gamma 1 it is summed over time."""
     mask = mask.bool()
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)

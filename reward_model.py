@@ -3,6 +3,7 @@
     python reward_model.py                                 # Eq. 4 on out/diffs.jsonl -> out/rm
     python reward_model.py --loss=sequence data/toy/pref.jsonl     # the baseline: one reward per
                                                            # answer, learnt from preference pairs
+    python reward_model.py out/diffs.jsonl out/diffs_2.jsonl       # the pairs of both files
     torchrun --nproc_per_node=8 reward_model.py
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl     # answers of one or two files,
                                                            # tokens painted by r_t
@@ -45,7 +46,8 @@ from plumbing.watch import listen_for_signals, stop_if_told
 @dataclass(frozen=True)
 class Config:
     model: str = "out/sft"          # backbone: the SFT model; it gets a new head of zeros
-    data: str = "out/diffs.jsonl"   # pairs from diff.py; loss=sequence also takes preferences
+    data: list[str] = ("out/diffs.jsonl",)  # pairs from diff.py; loss=sequence also takes
+                                    # preferences. Several files: the pairs of all of them
     out: str = "out/rm"
     loss: Literal["sequence", "eq3", "eq4"] = "eq4"
     anchor: float = 0.0             # weight of the mean r_t^2 over U_0 (try 0.1); not for sequence
@@ -366,7 +368,10 @@ def check(cfg):
     if cfg.wandb_project:
         extra("wandb_mirror", "--wandb_project").check(cfg)
     check_model(cfg.model, "model", "python sft.py")
-    check_input(cfg.data, "data", "python edit.py, then python diff.py")
+    if not cfg.data:
+        fail("--data names no file of pairs; make one with: python edit.py, then python diff.py")
+    for path in cfg.data:
+        check_input(path, "data", "python edit.py, then python diff.py")
     if cfg.eval_data:
         check_input(cfg.eval_data, "eval_data", "python diff.py, or data/*/prepare.py")
     check_numbers(cfg, anchor=AT_LEAST_0, eval_every=AT_LEAST_0, epochs=COUNT, steps=COUNT,
@@ -378,8 +383,13 @@ def check(cfg):
              "0")
 
     tokenizer = load_tokenizer(cfg.model)
-    pairs, count = read_pairs(cfg.data, "data", tokenizer, cfg.max_tokens,
-                              masks_needed=cfg.loss != "sequence")
+    pairs = []
+    count = 0
+    for path in cfg.data:
+        found, rows = read_pairs(path, "data", tokenizer, cfg.max_tokens,
+                                 masks_needed=cfg.loss != "sequence")
+        pairs += found
+        count += rows
     held_out = []
     if cfg.eval_data:
         held_out, _ = read_pairs(cfg.eval_data, "eval_data", tokenizer, cfg.max_tokens)
@@ -407,7 +417,7 @@ def main(cfg):
     # ---------------------------------------------------------------- inputs
     tokenizer, pairs, count, held_out = check(cfg)
     lengths = [pair_cost(pair) for pair in pairs]
-    inputs = [cfg.model, cfg.data]
+    inputs = [cfg.model, *cfg.data]
     if cfg.eval_data:
         inputs.append(cfg.eval_data)
 

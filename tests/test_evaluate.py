@@ -1,6 +1,7 @@
 """pytest tests/test_evaluate.py: the words of evaluate.py, their statistics by brute force, the
 judge against a stand-in for Claude."""
 import contextlib, functools, io, json, math, os, random, signal, statistics, subprocess, sys, time
+from collections import defaultdict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -764,6 +765,54 @@ def test_rewards_on_two_ranks_and_of_float_preferences(world, tmp_path, held_out
     floats = [row | {"preference": float(row["preference"]), "cut": None} for row in prefs]
     (again,) = figures_of(here("rewards", *options, write(tmp_path / "float.jsonl", floats)))
     assert again["margin"] == pytest.approx(margin, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rm", "rm_sequence"])
+def test_probe(world, tmp_path, name):
+    """After the same prefix, is r of the better token above r of the worse one? Against plain
+    transformers; rows where a token crosses the end of the prefix are counted and left out"""
+    rows = rows_of(world / "data/probe.jsonl")
+    file = write(tmp_path / "probe.jsonl", rows)
+    (figures,) = figures_of(here("rewards", f"--reward_model={world}/{name}", file, "--json=true"))
+    assert figures["kind"] == "probe" and figures["n"] == len(rows) == 48
+    right = defaultdict(list)
+    for row in rows:
+        r_better = r_after(world / name, row, row["better"], row["worse"])
+        r_worse = r_after(world / name, row, row["worse"], row["better"])
+        right[row["kind"]].append(100.0 * (r_better > r_worse))
+    found = {share["worse"]: share["right"] for share in figures["shares"]}
+    assert found == {kind: pytest.approx(statistics.fmean(v)) for kind, v in right.items()}
+    assert all(share["n"] == 8 for share in figures["shares"])
+
+    # "apple" is one token: inside of it nothing was decided, and the two differ before its end.
+    question = dict(instruction="List three fruits.", input="", kind="spelling")
+    inside = question | dict(prefix="ap", better="ple", worse="rle")
+    whole = question | dict(prefix="apple", better="\nEnjoy!", worse="")
+    file = write(tmp_path / "inside.jsonl", [inside, whole])
+    (figures,) = figures_of(here("rewards", f"--reward_model={world}/{name}", file, "--json=true"))
+    assert figures["dropped"] == {"a token crosses the end of the prefix": 1}
+    assert figures["n"] == 1
+
+    # One line for a row that compares nothing.
+    same = write(tmp_path / "same.jsonl", [whole, whole | dict(worse="\nEnjoy!")])
+    done = here("rewards", f"--reward_model={world}/{name}", same, ok=False)
+    assert_refused(done, "same.jsonl:2: better and worse are the same")
+
+
+def r_after(folder, row, continuation, other):
+    """r of the first token of prefix + continuation that prefix + other does not share; of a
+    sequence model, what that token adds to the score"""
+    _, tokenizer = plain(folder)
+    text = row["prefix"] + continuation
+    ids = encode_response(tokenizer, text)
+    other_ids = encode_response(tokenizer, row["prefix"] + other)
+    at = 0
+    while ids[at] == other_ids[at]:
+        at += 1
+    r, r_before = plain_rewards(folder, row, text)
+    if "sequence" not in folder.name:
+        return r[at]
+    return r[at] - [r_before, *r][at]
 
 
 def test_rewards_never_replace_a_model(world, held_out):

@@ -701,7 +701,7 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(
     held_out = f"{world}/data/pref_heldout.jsonl"
     cfg = reward_model.Config(
         model=f"{world}/sft",
-        data=f"{world}/{data}",
+        data=[f"{world}/{data}"],
         eval_data=held_out,
         out=f"{tmp_path}/out",
         loss=loss,

@@ -150,7 +150,7 @@ def test_horizons(items, least, most):
 
 
 def test_a_world_is_told_by_its_numbers():
-    """An item of the long world is an odd line in the short one, and no rule ever writes it there"""
+    """An item of the long world is an odd line in the short one, and no rule ever writes it"""
     assert gold(ROW, "apple\npear\nwatermelon\nEnjoy!") == 2
     medium = {"instruction": "List eight fruits.", "input": ""}
     eight = "apple\npear\nplum\nmango\ncherry\npeach\nlemon\nkiwi\nEnjoy!"

@@ -187,10 +187,26 @@ def table_1(runs):
     unparsed = 0
     for annotations in judged:
         unparsed += sum(row["preference"] is None for row in annotations)
+    # What is known of the truth: only the toy world's judge counts flaws.
+    flawless = {run["seed"]: ceiling(run["annotations"]) for run in runs if run["annotations"]}
+    known = [figures for figures in flawless.values() if figures]
+    if known:
+        cell = figure_over_seeds(known, "win_rate")
+        seeds = each(column(known, "win_rate"))
+        rows.insert(0, ["the ceiling: answers without a flaw", "-", cell, seeds, "", ""])
+
     header = ["Model", "Paper", "Ours", "Each seed", "PPO steps", "Pairs"]
     note = (f"Judge: Claude in the paper, here {judges}. {unparsed} pairs without a readable "
             f"verdict are not counted. {SEEDS}")
     return "Table 1. Win rate against the reference (%)", header, rows, note
+
+
+def ceiling(annotations):
+    """win_rate of answers without flaws, where the judge's scores are minus the number of flaws:
+    they win, or draw with a reference without flaws. None for another judge"""
+    if annotations[0].get("annotator") != "gold" or "scores" not in annotations[0]:
+        return None
+    return win_rate(2 if row["scores"][0] < 0 else 1.5 for row in annotations)
 
 
 def values_of(judged, name):
@@ -388,13 +404,34 @@ def table_rewards(runs):
     rows = []
     for mine in arms(runs, "reward model").values():
         for run in mine:
-            rows += [rewards_row(run, figures) for figures in run["rewards"]]
+            pairs = [figures for figures in run["rewards"] if figures.get("kind") != "probe"]
+            rows += [rewards_row(run, figures) for figures in pairs]
     header = ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added",
               "AUROC spans", "r on U₀ (± sd)", "r at EOS"]
     note = ("AUROC: does −r find the tokens that people took away (removed) or marked as wrong "
             "(spans), r those they put in (added); 0.5 is chance. For a sequence model, the "
             "differences of its prefix scores stand for r.")
     return "Reward models, closer", header, rows, note
+
+
+def table_probe(runs):
+    """After the same prefix, is r of the better token above r of the worse one?"""
+    found = {}  # kind of the worse one -> label of the arm -> its figures, one per seed
+    groups = arms(runs, "reward model")
+    for label, mine in groups.items():
+        for figures in reward_figures(mine, "probe"):
+            for share in figures["shares"]:
+                found.setdefault(share["worse"], {}).setdefault(label, []).append(share)
+
+    labels = [label for label in groups if any(label in row for row in found.values())]
+    rows = []
+    for kind, row in found.items():
+        rows.append([kind, *[figure_over_seeds(row.get(label, []), "right") for label in labels]])
+    header = ["The worse continuation", *labels]
+    note = ("50% is chance. Two continuations of one prefix, compared at the first token that "
+            "differs. The policy meets these choices; pair accuracy hides them. For a sequence "
+            f"model, the differences of its prefix scores stand for r. {SEEDS}")
+    return "The probe: the better token above the worse one (%)", header, rows, note
 
 
 def rewards_row(run, figures):
@@ -441,6 +478,9 @@ def write_report(cfg):
 
     tables = [table_1(runs), table_paired(runs, cfg.seed)]
     tables += [table_2(runs, cfg.data), table_3(runs, cfg.target)]
+    probe = table_probe(runs)
+    if probe[2]:
+        tables.append(probe)
     closer = table_rewards(runs)
     show_table = as_markdown if cfg.markdown else as_text
     say("\n\n\n".join(map(show_table, tables)))
