@@ -123,7 +123,7 @@ UNIFORM = torch.zeros(N_STATES, TOKENS, dtype=torch.float64)
 
 
 def mean_gradient(batches, b, *, whitened):
-    """The mean over batches [N, B] of the gradient of the mean loss per token, at gamma 0, under the
+    """The mean over batches [N, B] of the gradient of the mean loss per token, at gamma 0, under a
     uniform policy: autograd's result in closed form -> [states, V]"""
     ids = IDS[batches]                                                                  # [N, B, T]
     states = STATES[batches]
