@@ -8,7 +8,7 @@
     python evaluate.py report out --out=out/report.html          # several folders: seeds
 
 decode   answers of a language model, as AlpacaEval's model_outputs (instruction, input, output,
-         generator)
+         generator); --out=x.json is a file that its reader opens
 judge    asks Claude (or the toy world's gold score, or a reward model) to compare each pair: the
          reference's answer and ours, in both orders. Claude needs ANTHROPIC_API_KEY
 winrate  the share of pairs that ours wins, its error, and possible biases: order, length,
@@ -130,7 +130,7 @@ def rounded(x):
 class DecodeConfig:
     model: str = "out/ppo"                      # a Hugging Face folder, or a name on the hub
     data: str = "data/alpacafarm/eval.jsonl"    # rows: instruction, input; other fields are kept
-    out: str = "out/ppo/outputs.jsonl"
+    out: str = "out/ppo/outputs.jsonl"          # .json: an array, as AlpacaEval reads it
     generator: str | None = None                # the name in the outputs; None: the model folder's
     temperature: float = 0.7                    # AlpacaFarm's; 0: the most likely token
     top_p: float = 0.9
@@ -147,8 +147,8 @@ def check_decode(cfg):
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     check_numbers(cfg, temperature=AT_LEAST_0, top_p=(ABOVE_0[0], 1), response_len=COUNT,
                   batch=COUNT, seed=ANY)
-    if Path(cfg.out).suffix != ".jsonl":
-        fail(f"--out must be a .jsonl file, got {cfg.out}")
+    if Path(cfg.out).suffix not in (".jsonl", ".json"):
+        fail(f"--out must be a .jsonl or .json file, got {cfg.out}")
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None))})
     tokenizer = load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
@@ -184,7 +184,7 @@ def decode(cfg):
 
     if RANK == 0:
         outputs, cut = gather(cfg, rows, parts)
-        write_jsonl(cfg.out, outputs)
+        write_outputs(cfg.out, outputs)
         finish(cfg)
         shutil.rmtree(folder)
         reference = f" --reference={cfg.data}" if "output" in rows[0] else ""
@@ -228,6 +228,15 @@ def gather(cfg, rows, parts):
         output["generator"] = generator
         outputs.append(output | answers[i])
     return outputs, sum("cut" in row for row in answers.values())
+
+def write_outputs(path, rows):
+    """One row per line, or, in a .json file, an array: AlpacaEval's reader takes only that"""
+    if Path(path).suffix == ".jsonl":
+        write_jsonl(path, rows)
+        return
+    with replacing(path) as file:
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        file.write(whole_characters(text) + "\n")
 
 # ---------------------------------------------------------------- judge
 
