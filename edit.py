@@ -73,6 +73,7 @@ class Config:
     batch_api: bool = False      # half the price; answers within 24 hours, usually one
     dry_run: bool = False        # count, price and show; ask nothing, write nothing
     limit: int | None = None     # only the first so many rows
+    fixes: float = 0.9           # rules: share of the flaws that are fixed
     seed: int = 0                # rules: which flaws are overlooked; local: draws of the second try
     port: int = 0                # human: of the page, on this machine; 0: a free one, then the same
     guide: str = ""              # human: a text file with instructions, shown next to the answers
@@ -285,7 +286,7 @@ def check(cfg, rows):
     # For more than 21,333 tokens the API wants to stream.
     check_numbers(cfg, max_tokens=(1, 21_333), concurrency=COUNT, timeout=ABOVE_0,
                   retries=AT_LEAST_0, limit=COUNT, annotators=COUNT, shared=SHARE,
-                  port=(0, 65_535), seed=ANY)
+                  port=(0, 65_535), fixes=SHARE, seed=ANY)
     for name in ("{instruction}", "{input}", "{original}"):
         if name not in cfg.prompt:
             fail(f"--prompt must contain {name}; the editor would not see it")
@@ -430,7 +431,7 @@ def main(cfg):
             from data.toy.prepare import mend
             for key, row in todo.items():
                 rng = random.Random(f"{cfg.seed} {key}")
-                edits.save(key, mend(row, row["original"], rng, p=0.9))
+                edits.save(key, mend(row, row["original"], rng, p=cfg.fixes))
         elif todo:
             batches = ledger if cfg.batch_api else None
             spent, again, cost = ask_model(cfg, rows, edits, batches, stop, tag)
