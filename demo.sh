@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The complete paper in the toy world, on two CPU cores: data, SFT, edits, diffs, three reward
-# models, three PPO runs, the judge, the tables.
+# models, four PPO runs, the judge, the tables.
 #
 #     bash demo.sh                            # -> out/demo, ends with the tables and report.html
 #     OUT=out/demo3 bash demo.sh --seed=3     # arguments go to every stage: a seed, or a preset
@@ -36,6 +36,7 @@ stage() {  # NAME WORDS...: runs a stage; each line that it prints begins with [
 
 title "data: prompts, demonstrations, pairs with 25% wrong labels"
 stage prepare data/toy/prepare.py "${A[@]}" --out="$OUT/data"
+PROBE=$OUT/data/probe.jsonl
 PAIRS=$OUT/data/pref.jsonl
 HELDOUT=$OUT/data/pref_heldout.jsonl
 
@@ -57,7 +58,7 @@ reward() {  # NAME FLAGS...: trains a reward model, then measures it on held-out
     stage "$1" reward_model.py "${A[@]}" --model="$OUT/sft" --eval_data="$HELDOUT" "${@:2}" \
         --out="$OUT/$1"
     stage "$1" evaluate.py rewards "${A[@]}" --reward_model="$OUT/$1" \
-        --data="$HELDOUT,$OUT/edits_heldout.jsonl" --out="$OUT/$1/rewards.json"
+        --data="$HELDOUT,$OUT/edits_heldout.jsonl,$PROBE" --out="$OUT/$1/rewards.json"
 }
 reward rm_original --data="$PAIRS" --loss=sequence & a=$!
 reward rm_edited --data="$OUT/diffs.jsonl" --loss=sequence & b=$!
@@ -73,16 +74,19 @@ wait $b
 # The three rewards have different units. So kl_coef is 0.05 of the standard deviation of each arm's
 # return at the first rollout (return_sd in metrics.jsonl; the means of seeds 100 to 102 are 0.94,
 # 5.25 and 7.04).
-title "three PPO runs: the same settings except for the reward"
-ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF
+title "four PPO runs: sequence level twice, token level as in the paper and at gamma 0"
+ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF FLAGS...
     stage "$1" ppo.py "${A[@]}" --policy="$OUT/sft" --data="$OUT/data/prompts.jsonl" \
-        --reward_model="$OUT/$2" --level="$3" --kl_coef="$4" --out="$OUT/$1"
+        --reward_model="$OUT/$2" --level="$3" --kl_coef="$4" "${@:5}" --out="$OUT/$1"
 }
 ppo ppo_rlhf rm_original sequence 0.05 & a=$!
 ppo ppo_fine rm_edited sequence 0.26 & b=$!
 wait $a
 wait $b
-ppo ppo_token rm_token token 0.35
+ppo ppo_token rm_token token 0.35 & a=$!
+ppo ppo_gamma0 rm_token token 0.35 --gamma=0 & b=$!
+wait $a
+wait $b
 
 
 title "along training: the questions of val.jsonl to every model that was kept"
@@ -123,7 +127,7 @@ wait $b
 
 title "one answer before and after, its tokens by reward: red is bad, green is good"
 "$PYTHON" reward_model.py show "${A[@]}" --model="$OUT/rm_token" --n=1 \
-    --data="$OUT/sft/outputs.jsonl,$OUT/ppo_token/outputs.jsonl"
+    --data="$OUT/sft/outputs.jsonl,$OUT/ppo_gamma0/outputs.jsonl"
 
 
 title "the paper's tables, in miniature"

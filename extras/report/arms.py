@@ -12,13 +12,14 @@ from plumbing.paint import plain
 
 # The paper's names of its arms
 TOKEN = "Fine-grained Token-level PPO"
+GAMMA_0 = "Fine-grained Token-level PPO, gamma 0 (ours)"
 FINE = "Fine-grained PPO"
 RLHF = "PPO-RLHF"
 SFT = "SFT"
 RM_TOKEN = "RM w/ Fine-grained dataset, token level"
 RM_FINE = "RM w/ Fine-grained dataset"
 RM_RLHF = "RM w/o Fine-grained dataset"
-ORDER = [TOKEN, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows and of colours
+ORDER = [TOKEN, GAMMA_0, FINE, RLHF, RM_TOKEN, RM_FINE, RM_RLHF]  # the order of rows
 
 # The paper's figures, in percent
 PAPER_WIN = {TOKEN: "51.6 ± 1.8", FINE: "51.2 ± 1.8", RLHF: "46.5 ± 1.8"}
@@ -56,7 +57,7 @@ def reward_model_label(run):
 def ppo_label(run, reward_model):
     """reward_model: the run of its reward model, None if that is not among the runs"""
     if run["config"].get("level") == "token":
-        return TOKEN
+        return GAMMA_0 if run["config"].get("gamma") == 0 else TOKEN
     if reward_model is None:  # then only the demo's names tell
         return {"ppo_fine": FINE, "ppo_rlhf": RLHF}.get(run["name"], run["name"])
     if reward_model["config"].get("loss") != "sequence":

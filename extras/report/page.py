@@ -10,10 +10,12 @@ import json, math, statistics
 
 from evaluate import mean_and_error
 from extras.pages import document, heat, safe
-from extras.report.arms import ORDER, arms, as_html, checkpoints, pm
+from extras.report.arms import (FINE, GAMMA_0, RLHF, RM_FINE, RM_RLHF, RM_TOKEN, TOKEN, arms,
+                                as_html, checkpoints, pm)
 from plumbing.record import record_of
 
 MARK = "<!-- the report of evaluate.py -->"
+COLOURS = {TOKEN: 0, FINE: 1, RLHF: 2, GAMMA_0: 3, RM_TOKEN: 0, RM_FINE: 1, RM_RLHF: 2}
 
 
 # ---------------------------------------------------------------- figures: inline SVG
@@ -123,14 +125,14 @@ class Plot:
 
 def colours(labels):
     """label -> its colour, the same in every figure. style.css sets the variables --c0 .. --c7 for
-    light and dark: 0 to 2 are the paper's arms, 3 to 7 all others"""
-    others = [label for label in labels if label not in ORDER]
+    light and dark: 0 to 2 are the paper's arms, 3 is ours at gamma 0, 4 to 7 all others"""
+    others = [label for label in labels if label not in COLOURS]
     numbers = {}
     for label in labels:
-        if label in ORDER:
-            numbers[label] = ORDER.index(label) % 3
+        if label in COLOURS:
+            numbers[label] = COLOURS[label]
         else:
-            numbers[label] = 3 + others.index(label) % 5
+            numbers[label] = 4 + others.index(label) % 4
     return {label: f"var(--c{number})" for label, number in numbers.items()}
 
 

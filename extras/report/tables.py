@@ -22,8 +22,8 @@ from pathlib import Path
 
 from evaluate import paired, read_annotations, win_rate
 from extras.pages import is_ours
-from extras.report.arms import (FINE, PAPER_ACCURACY, PAPER_WIN, RLHF, RM_RLHF, RM_TOKEN, TOKEN,
-                                arms, as_markdown, as_text, checkpoints, duration, each,
+from extras.report.arms import (FINE, GAMMA_0, PAPER_ACCURACY, PAPER_WIN, RLHF, RM_RLHF, RM_TOKEN,
+                                TOKEN, arms, as_markdown, as_text, checkpoints, duration, each,
                                 figure_over_seeds, label_of, over_seeds, paper_order, pm)
 from extras.report.page import MARK, page
 from plumbing.files import check_input, replacing, whole_characters
@@ -233,7 +233,10 @@ def table_paired(runs, seed):
     """Differences between two arms on the same questions. seed: of the bootstrap"""
     groups = arms(runs, "ppo")
     rows = []
-    for a, b, paper in ((TOKEN, RLHF, "+5.1"), (FINE, RLHF, "+4.7"), (TOKEN, FINE, "+0.4")):
+    pairs = [(TOKEN, RLHF, "+5.1"), (FINE, RLHF, "+4.7"), (TOKEN, FINE, "+0.4")]
+    if GAMMA_0 in groups:
+        pairs += [(GAMMA_0, FINE, "-"), (GAMMA_0, TOKEN, "-")]
+    for a, b, paper in pairs:
         found = differences(groups.get(a, []), groups.get(b, []), seed)
         interval = "-"
         if len(found) == 1 and found[0]["low"] is not None:
@@ -347,7 +350,10 @@ def table_3(runs, target=None):
         rows.append(time_row(f"{label}, to its own best", "PPO", paper, found))
 
     # Each arm to the best of another, seed by seed
-    for label, other in ((TOKEN, RLHF), (TOKEN, FINE), (FINE, RLHF)):
+    pairs = [(TOKEN, RLHF), (TOKEN, FINE), (FINE, RLHF)]
+    if GAMMA_0 in ppos:
+        pairs.append((GAMMA_0, FINE))
+    for label, other in pairs:
         goals = {run["seed"]: best_step(run, runs)[1] for run in ppos.get(other, [])}
         found = []
         for run in ppos.get(label, []):

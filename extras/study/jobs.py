@@ -6,7 +6,9 @@ if __name__ == "__main__":
 import os, runpy, sys, time, traceback
 from pathlib import Path
 
-import torch.distributed.checkpoint, torch.distributed.fsdp, transformers  # loaded once, for all
+import torch.distributed.checkpoint  # loaded once, for all stages
+import torch.distributed.fsdp  # noqa: F401
+import transformers
 
 from plumbing.ranks import fail, say
 

@@ -248,7 +248,6 @@ def run_cell(cfg, cell):
     row = cell._asdict() | dict(kl_coef=kl_coef, curve=curve, ceiling=ceiling(annotations))
     row["last_step"] = {name: round(metrics[-1][name], 4) for name in LAST_STEP}
     row["seconds"] = round(sum(step["seconds"] for step in metrics), 1)
-    row["preferences"] = " ".join(f"{row['preference']:g}" for row in annotations)
     write_jsonl(out / "result.jsonl", [row])
     if not cfg.keep_weights:
         drop_weights(out)
@@ -397,7 +396,7 @@ def horizons():
 
 
 def edits():
-    """(c) Wrong labels, editors that overlook flaws, and as many flaws a line as in short answers"""
+    """(c) Wrong labels, editors that overlook flaws, as many flaws a line as in short answers"""
     cells = []
     for seed in REPORTED_SEEDS[:3]:
         for world in ("medium", "noise0", "noise40", "fixes50", "fixes75", "fixes100",
