@@ -141,7 +141,8 @@ def base_card(base):
 
 def description(stage, kind, config, steps):
     """A paragraph: what the model is. A field that a copy of a stage does not have is None."""
-    data = code(config.get("data"))
+    data = config.get("data")
+    data = ", ".join(map(code, data)) if isinstance(data, list) else code(data)
     if stage == "sft":
         return (f"A policy: it was trained on demonstrations ({data}). The loss is the mean of "
                 "-log pi over the tokens of the response.")

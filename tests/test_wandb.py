@@ -46,7 +46,7 @@ def config(world, tmp_path, monkeypatch):
     fields = {
         "sft": dict(model=f"{world}/data/model", data=f"{world}/data/sft.jsonl", epochs=1,
                     batch=64, micro_batch=32),
-        "reward_model": dict(model=f"{world}/sft", data=f"{world}/diffs.jsonl", steps=2, batch=8),
+        "reward_model": dict(model=f"{world}/sft", data=[f"{world}/diffs.jsonl"], steps=2, batch=8),
         "ppo": dict(policy=f"{world}/sft", reward_model=f"{world}/rm", steps=2, rollout_batch=8,
                     data=f"{world}/data/prompts.jsonl", batch=8, response_len=4)}
 
