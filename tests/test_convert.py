@@ -172,6 +172,9 @@ OTHERS = {
     "one turn": (
         "sft", {"prompt": "Hi", "prompt_id": 7, "messages": [user("Hi"), assistant("Hello!")]},
         {"instruction": "Hi", "input": "", "output": "Hello!", "prompt": "Hi", "prompt_id": 7}),
+    "an empty system turn": (
+        "sft", {"messages": [system(""), user("Hi"), assistant("Hello!")]},
+        {"instruction": "Hi", "input": "", "output": "Hello!"}),
     "turns after the last answer": (
         "sft", {"messages": [user("Hi"), assistant("Hello!"), user("Thanks")]},
         {"instruction": "Hi", "input": "", "output": "Hello!"}),
@@ -252,7 +255,7 @@ def test_all_pairs_of_a_list(tmp_path, capsys):
 
 def test_one_answer_a_row(tmp_path, capsys):
     """nvidia/HelpSteer: rows of one prompt are compared by the field that --score names"""
-    rows = [{"prompt": "Hi", "response": "What?", "helpfulness": 0, "verbosity": 1},
+    rows = [{"prompt": "Hi", "response": "What?", "helpfulness": 0, "verbosity": 1, "x": 1},
             {"prompt": "Bye", "response": "Ciao", "helpfulness": 4, "verbosity": 1},
             {"prompt": "Hi", "response": "Hello!", "helpfulness": 3, "verbosity": 1, "x": 2}]
     files = convert(tmp_path, *rows, score="helpfulness")
@@ -300,7 +303,8 @@ DROPPED = {
     "conversations that differ before their last turn": [
         {"chosen": [user("Hi"), assistant("a")], "rejected": [user("Ho"), assistant("b")]},
         {"chosen": [user("Hi"), assistant("a"), user("x"), assistant("y")],
-         "rejected": [user("Hi"), assistant("b")]}],
+         "rejected": [user("Hi"), assistant("b")]},
+        {"prompt": "Hi", "chosen": "a", "rejected": [system("")]}],
     "a conversation that does not end with an answer": [
         {"chosen": [user("Hi"), assistant("a"), user("x")],
          "rejected": [user("Hi"), assistant("a"), user("y")]}],
@@ -468,8 +472,8 @@ def test_parquet_without_pyarrow_or_damaged(tmp_path, capsys, monkeypatch):
 
 
 def test_it_says_what_it_took_for_what(tmp_path, capsys):
-    given = {"system": "Be kind.", "question": "Hi" * 99, "chosen": "a\x1b[31m", "rejected": "b",
-             "preference": "x", "mine": 1}
+    given = {"system": "Be kind.", "question": "Hi" * 99, "chosen": "\x1b\x9b\u202e",
+             "rejected": "b", "preference": "x", "mine": 1}
     convert(tmp_path, given, given, {"prompt": "p"}, {"prompt": "p", "chosen": "a",
                                                       "rejected": "a"})
     said = capsys.readouterr().out
@@ -478,7 +482,7 @@ def test_it_says_what_it_took_for_what(tmp_path, capsys):
             "  as they are: mine\n  left out: preference\n  before: {") in said
     assert "1 rows -> prompts.jsonl: prompt -> instruction\n" in said
     assert 'after:  {"instruction": "p", "input": ""}' in said
-    assert "dropped: 1 (equal answers)" in said and "\x1b" not in said
+    assert "dropped: 1 (equal answers)" in said and not set("\x1b\x9b\u202e") & set(said)
     assert f"{tmp_path}/out/pref.jsonl: 2 rows; next: python edit.py --data={tmp_path}/out/" in said
     assert max(map(len, said.split("\n"))) < 700
 

@@ -355,7 +355,7 @@ def pair_row(row, names, endings, cfg, took):
         turns, context = prompt_turns(row, took)
     else:
         took["the turns before"] = "instruction"
-    if not one or one[:-1] != two[:-1]:
+    if not one or not two or one[:-1] != two[:-1]:
         raise Dropped("conversations that differ before their last turn")
     if one[-1]["role"] != "assistant" or two[-1]["role"] != "assistant":
         raise Dropped("a conversation that does not end with an answer")
