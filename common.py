@@ -20,6 +20,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from plumbing.cache import in_place_cache
+from plumbing.chat import template_prompt, use_template
 from plumbing.files import whole_characters
 from plumbing.models import check_loaded
 from plumbing.ranks import RANK, WORLD, fail
@@ -35,28 +36,44 @@ PROMPT_INPUT = ("Below is an instruction that describes a task, paired with an i
                 "further context. Write a response that appropriately completes the request.\n\n"
                 "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
-def load_tokenizer(path):
-    """The tokenizer of a folder or of a name on the hub; no token is added to it. Two attributes
-    tell what its folder says: says_bos (None: nothing), and more_end_ids of generation_config."""
+def load_tokenizer(path, prompt_format=None):
+    """The tokenizer of a folder or of a name on the hub; no token is added to it. prompt_format:
+    "alpaca" or "template"; None: what the folder has recorded, else "template" if it has a chat
+    template. Attributes: prompt_format ("alpaca", or "template" and a hash), says_bos (None: its
+    folder says nothing), more_end_ids. The first two are saved in tokenizer_config.json."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"no tokenizer in {path}: {str(error).splitlines()[0]}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no eos token; a response could never end")
-    tokenizer.says_bos = get_tokenizer_config(path).get("add_bos_token")  # None: it does not say
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id or ()
     except OSError:  # the model has no generation_config.json
         ends = ()
     tokenizer.more_end_ids = {ends} if isinstance(ends, int) else set(ends)
+    tokenizer.more_end_ids.add(tokenizer.eos_token_id)
+
+    # transformers does not save add_bos_token, so what it says is saved under a name of our own.
+    config = get_tokenizer_config(path)
+    tokenizer.says_bos = config.get("add_bos_token", config.get("says_bos"))
+    recorded = config.get("prompt_format")
+    unrecorded = "template" if tokenizer.chat_template else "alpaca"
+    tokenizer.prompt_format = prompt_format or recorded or unrecorded
+    if tokenizer.prompt_format != "alpaca":
+        tokenizer.prompt_format = use_template(tokenizer, path)
+    if recorded and not prompt_format and recorded != tokenizer.prompt_format:
+        fail(f"{path} was trained on prompts of {recorded}, its chat template is another now")
+    for name in ("says_bos", "prompt_format"):
+        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
     for text in ("apple pear", "  two", " ", "://x", "\n\n1."):
         if decode_response(tokenizer, encode_response(tokenizer, text)) != text:
             fail(f"the tokenizer of {path} does not give {text!r} back from its ids")
     return tokenizer
 
 def end_ids(tokenizer):
-    """The ids that end a response: the tokenizer's eos, and those of generation_config"""
+    """The ids that end a response: eos (of a chat template: what ends a turn), and others that the
+    folder names"""
     return {tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())}
 
 @functools.cache
@@ -71,7 +88,10 @@ def response_prefix(tokenizer):
     return "\n", newline
 
 def encode_prompt(tokenizer, row):
-    """Alpaca's prompt of a row -> ids, with bos once for the model families that use one"""
+    """Alpaca's prompt of a row -> ids, with bos once for the model families that use one. Or the
+    chat template's prompt; then None if the row's text holds a special token."""
+    if getattr(tokenizer, "prompt_format", "alpaca") != "alpaca":
+        return template_prompt(tokenizer, row)
     template = PROMPT_INPUT if row.get("input") else PROMPT
     text = whole_characters(template.format(instruction=row["instruction"], input=row.get("input")))
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -85,6 +105,7 @@ def encode_prompt(tokenizer, row):
 def encode_response(tokenizer, text, *, eos=True):
     """The ids that a rollout of this text would have. eos=False: it was cut before it ended."""
     before, ids_before = response_prefix(tokenizer)
+    before += getattr(tokenizer, "response_space", "")
     text = before + whole_characters(text)  # a "</s>" in it stays text, by split_special_tokens
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     ids = ids[len(ids_before):]
@@ -96,18 +117,8 @@ def decode_response(tokenizer, ids):
     if ids and ids[-1] in end_ids(tokenizer):
         ids = ids[:-1]
     decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    return decode([*ids_before, *ids])[len(decode(ids_before)):]
-
-def token_texts(tokenizer, ids):
-    """The text of each token; joined, the response. A character goes to its last token."""
-    texts = []
-    done = ""
-    for end in range(1, len(ids) + 1):
-        text = decode_response(tokenizer, [*ids[:end], tokenizer.eos_token_id])
-        complete = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
-        texts.append(text[len(done):] if complete else "")
-        done = text if complete else done
-    return texts
+    text = decode([*ids_before, *ids])[len(decode(ids_before)):]
+    return text.removeprefix(getattr(tokenizer, "response_space", ""))
 
 def tokenizer_hash(tokenizer):
     """Equal for two tokenizers if their vocabulary and special ids agree (pad does not matter)"""

@@ -242,13 +242,16 @@ def diff_row(row, tokenizer, *, gaps=False, max_tokens=None, max_changed=1.0):
     is too long is not aligned: it has no masks. max_tokens: of prompt + answer"""
     pair = encode_row(row, tokenizer)
     ids = (pair["original_ids"], pair["edited_ids"])
-    room = None if max_tokens is None else max_tokens - len(pair["prompt_ids"])
+    prompt_ids = pair["prompt_ids"]
+    room = None if max_tokens is None else max_tokens - len(prompt_ids or [])
     why = gate(*ids, max_tokens=room)
     if why == "too long":
         return pair, why
     masks = align(*ids, gaps=gaps)
     pair["edited_changed"] = masks[1]
     pair["original_changed"] = masks[0]
+    if prompt_ids is None:
+        return pair, "special token in the prompt"
     return pair, gate(*ids, *masks, max_changed=max_changed, max_tokens=room)
 
 # ---------------------------------------------------------------- the stage
@@ -262,7 +265,8 @@ def check(cfg):
 
 def main(cfg):
     rows, tokenizer = check(cfg)
-    if begin(cfg, "diff", inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer)):
+    if begin(cfg, "diff", inputs=[cfg.data], tokenizer_hash=tokenizer_hash(tokenizer),
+             prompt_format=tokenizer.prompt_format):
         return say(f"{cfg.out} is finished; nothing to do")
 
     # Align each pair; write it, or drop and count it.

@@ -152,6 +152,13 @@ def check_decode(cfg):
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None))})
     tokenizer = load_tokenizer(cfg.model)
     prompts = [encode_prompt(tokenizer, row) for row in rows]
+    kept = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    if len(kept) < len(rows):
+        say(f"{cfg.data}: {len(rows) - len(kept)} rows hold a special token's text and are dropped")
+        rows = [rows[i] for i in kept]
+        prompts = [prompts[i] for i in kept]
+    if not rows:
+        fail(f"{cfg.data}: no row is left to answer")
     longest = max(map(len, prompts)) + cfg.response_len
     check_fits(cfg.model, "model", longest, vocabulary=len(tokenizer))
     return rows, tokenizer, prompts
@@ -559,7 +566,12 @@ def encode_pairs(cfg, pairs):
         for row in pair:
             complete = "output" not in (row.get("cut") or [])
             ids = encode_response(tokenizer, row["output"], eos=complete)
-            prompts.append(encode_prompt(tokenizer, row))
+            prompt = encode_prompt(tokenizer, row)
+            if prompt is None:
+                fail(f"the row about {row['instruction'][:60]!r} holds a special token's text, "
+                     f"which --reward_model={cfg.reward_model} would misread; remove the row from "
+                     f"{cfg.reference} and {cfg.outputs}")
+            prompts.append(prompt)
             answers.append(ids or [tokenizer.eos_token_id])
     longest = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, answers))
     check_fits(cfg.reward_model, "reward_model", longest, head="saved", vocabulary=len(tokenizer))
@@ -723,6 +735,9 @@ def read_held_out(path, tokenizer, max_tokens):
             continue
         cut = row.get("cut") or []
         prompt = encode_prompt(tokenizer, row)
+        if prompt is None:
+            dropped["special token in the prompt"] += 1
+            continue
         better = encode_response(tokenizer, row[w], eos=w not in cut)
         worse = encode_response(tokenizer, row[l], eos=l not in cut)
         if better and worse and len(prompt) + max(len(better), len(worse)) <= max_tokens:

@@ -27,10 +27,10 @@ from typing import Literal
 
 import torch
 
-from common import (decode_response, encode_prompt, end_ids, epoch_order, generate, last_token,
-                    load_model, load_tokenizer, my_micro_batches, optimizer_step, pack,
-                    reward_level, row_uniforms, rows_at, setup, token_heads, token_logprobs,
-                    token_texts, tokenizer_hash, total_rewards, unsharded)
+from common import (encode_prompt, end_ids, epoch_order, generate, last_token, load_model,
+                    load_tokenizer, my_micro_batches, optimizer_step, pack, reward_level,
+                    row_uniforms, rows_at, setup, token_heads, token_logprobs, tokenizer_hash,
+                    total_rewards, unsharded)
 from plumbing import watch
 from plumbing.command_line import extra, load_config
 from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
@@ -319,16 +319,6 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
     stats["grad_norm"] = sum(norms) / len(norms)
     return stats
 
-def samples(tokenizer, step, rows, responses, r, R):
-    """The first three responses with their rewards, for samples.jsonl. r [rows, T], R [rows]"""
-    entries = []
-    for row, ids, token_rewards, reward in zip(rows[:3], responses, r, R):
-        entry = dict(step=step, instruction=row["instruction"], input=row.get("input") or "")
-        entry |= dict(output=decode_response(tokenizer, ids), tokens=token_texts(tokenizer, ids))
-        entry |= dict(token_rewards=token_rewards[:len(ids)].tolist(), reward=reward.item())
-        entries.append(entry)
-    return entries
-
 # ---------------------------------------------------------------- the stage
 
 def check(cfg):
@@ -359,7 +349,11 @@ def check(cfg):
         fail(f"--reward_model={cfg.reward_model} gives one reward per response; use "
              "--level=sequence, or train one with --loss=eq4")
     tokenizer = load_tokenizer(cfg.policy)
-    if tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(cfg.reward_model)):
+    scorer = load_tokenizer(cfg.reward_model)
+    if scorer.prompt_format != tokenizer.prompt_format:
+        fail(f"--reward_model={cfg.reward_model} was trained on prompts of {scorer.prompt_format}, "
+             f"--policy={cfg.policy} on prompts of {tokenizer.prompt_format}; train one anew")
+    if tokenizer_hash(tokenizer) != tokenizer_hash(scorer):
         fail(f"--reward_model={cfg.reward_model} has another tokenizer than --policy={cfg.policy}; "
              "it scores the policy's own ids")
     longest = cfg.query_len + cfg.response_len
@@ -387,9 +381,9 @@ def main(cfg):
     tokenizer, reward_model_level = check(cfg)
     rows = read_jsonl(cfg.data, {"instruction": str, "input": (str, type(None))})
     all_prompts = [encode_prompt(tokenizer, row) for row in rows]
-    kept = [i for i, ids in enumerate(all_prompts) if len(ids) <= cfg.query_len]
+    kept = [i for i, ids in enumerate(all_prompts) if ids and len(ids) <= cfg.query_len]
     if not kept:
-        fail(f"{cfg.data}: every prompt is longer than --query_len={cfg.query_len} tokens")
+        fail(f"{cfg.data}: no prompt fits in --query_len={cfg.query_len} tokens")
     unimportant = ("steps", "score_micro_batch", "micro_batch", "save_every", "resume_every",
                    "sample_every", "wandb_project", "plan", "gpu_gb")
     inputs = [cfg.policy, cfg.reward_model, cfg.data]
@@ -397,6 +391,7 @@ def main(cfg):
     if finished and record_of(cfg.out)["config"]["steps"] >= cfg.steps:
         return say(f"{cfg.out} is finished; nothing to do")
     alarms = extra("alarms")  # None where extras/ was deleted
+    samples = extra("samples")
     mirror = None
     if cfg.wandb_project:
         mirror = extra("wandb_mirror").mirror(cfg)
@@ -420,8 +415,10 @@ def main(cfg):
     kl_coef = history[-1]["next_kl_coef"] if done else cfg.kl_coef
     watch.listen_for_signals()
     so_far = f", {done} of them done" if done else ""
-    say(f"{len(kept)} prompts ({len(rows) - len(kept)} longer than {cfg.query_len} tokens "
-        f"dropped), {cfg.steps} steps of {cfg.rollout_batch} responses on {WORLD} rank(s){so_far}")
+    special = all_prompts.count(None)
+    dropped = f" ({special} hold a special token's text)" if special else ""
+    say(f"{len(kept)} of {len(rows)} prompts fit in {cfg.query_len} tokens{dropped}, {cfg.steps} "
+        f"steps of {cfg.rollout_batch} responses on {WORLD} rank(s){so_far}")
 
     for step in progress(range(done, cfg.steps), "ppo", cfg.steps):
         watch.stop_if_told(cfg, step, saved, models, optimizer, device)  # all ranks
@@ -470,13 +467,12 @@ def main(cfg):
         if cfg.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, old_values, mask, gamma=cfg.gamma, lam=cfg.lam)
-        explained = watch.explained_variance(old_values, returns, mask)
         if cfg.whiten_advantages:
             advantages = whiten(advantages, mask)
-        if alarms and step == 0:
-            pressure = alarms.length_pressure(cfg, r, mask, ended)
-            if pressure:
-                say("ALARM:", pressure)
+        explained = {}
+        if alarms:
+            explained = alarms.explained_variance(old_values, returns, mask)
+            alarms.check_length_pressure(cfg, step, r, mask, ended)
 
         # ---- 4. update
         t2 = time.time()
@@ -510,9 +506,9 @@ def main(cfg):
                 say(f"ALARM at step {step}:", words)
 
         is_last = step + 1 == cfg.steps
-        if step % cfg.sample_every == 0 or is_last:
+        if samples and (step % cfg.sample_every == 0 or is_last):
             batch_rows = [rows[i] for i in batch]
-            watch.save_samples(cfg.out, samples(tokenizer, step, batch_rows, responses, r, R))
+            samples.save_samples(cfg.out, tokenizer, step, batch_rows, responses, r, R)
         if (step + 1) % cfg.save_every == 0 and not is_last:
             save_step(policy, tokenizer, cfg.out, step + 1, dtype)  # all ranks
         if (step + 1) % cfg.resume_every == 0 or is_last:

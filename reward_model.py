@@ -152,11 +152,15 @@ def read_pairs(path, flag, tokenizer, max_tokens, *, masks_needed=False):
 
 def read_diffs(path, flag, tokenizer):
     """Pairs from diff.py's output: w is the edited answer, l the original. fail() if they were made
-    with another tokenizer"""
+    with another tokenizer, or of prompts in another format"""
     record = record_of(path)
     if not record:
         fail(f"{path}: {path}.run.json, which names its tokenizer, is missing; make both with: "
              "python diff.py")
+    made_of = record.get("prompt_format", "alpaca")
+    if made_of != tokenizer.prompt_format:
+        fail(f"--{flag}={path} holds prompts of {made_of}, the model's are of "
+             f"{tokenizer.prompt_format}; make it again: python diff.py --tokenizer=MODEL")
     if record["tokenizer_hash"] != tokenizer_hash(tokenizer):
         fail(f"--{flag}={path} was made with another tokenizer than the model's; make it again: "
              "python diff.py --tokenizer=MODEL")
@@ -183,15 +187,21 @@ def read_preferences(path, tokenizer):
     fields = {"instruction": str, "input": (str, type(None)), "output_1": str, "output_2": str,
               "preference": (1, 2)}
     pairs = []
+    special = 0  # rows whose text holds a special token
     for row in read_jsonl(path, fields):
         winner, loser = "output_1", "output_2"
         if row["preference"] == 2:
             winner, loser = "output_2", "output_1"
         cut = row.get("cut") or []
         prompt = encode_prompt(tokenizer, row)
+        if prompt is None:
+            special += 1
+            continue
         w = encode_response(tokenizer, row[winner], eos=winner not in cut)
         l = encode_response(tokenizer, row[loser], eos=loser not in cut)
         pairs.append((prompt, w, l, [1] * len(w), [1] * len(l)))
+    if special:
+        say(f"{path}: {special} rows hold a special token's text and are dropped")
     return pairs
 
 def pair_length(pair):

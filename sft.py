@@ -2,11 +2,17 @@
 
     python sft.py --model=MODEL --data=data/toy/sft.jsonl    # one process
     torchrun --nproc_per_node=8 sft.py           # the paper's: LLaMA-7B, AlpacaFarm's split
+    python sft.py --model=CHAT_MODEL --prompt_format=template --data=my.jsonl
 
 sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of
 -log pi(a_t | s_t) over the batch's real response tokens, EOS included. Prompts are masked. It is
 the same for any micro-batch size and any number of ranks. The paper takes AlpacaFarm's SFT model;
 the defaults are that model's published script. Run the same command again to resume a killed run.
+
+The saved folder names the format of its prompts, and all later stages read it there. `alpaca` is
+Alpaca's prompt. `template` is the chat template of --model, for a row's `messages` (role, content)
+if it has them, else for one turn with its instruction and input. A response then ends with the
+token that ends a turn.
 """
 import math, time
 from dataclasses import dataclass
@@ -16,7 +22,8 @@ import torch
 from transformers import AutoConfig
 
 from common import (cosine, encode_prompt, encode_response, load_model, load_tokenizer,
-                    my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs)
+                    my_micro_batches, optimizer_step, pack, rows_at, setup, token_logprobs,
+                    PROMPT, PROMPT_INPUT)
 from plumbing.command_line import extra, load_config
 from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, SHARE, check_input, check_numbers,
                             read_jsonl)
@@ -31,6 +38,7 @@ class Config:
     model: str = "huggyllama/llama-7b"      # folder or hub name; no weights: new ones, from seed
     data: str = "data/alpacafarm/sft.jsonl" # instruction, input, output (cut: ["output"]: no EOS)
     out: str = "out/sft"
+    prompt_format: Literal["alpaca", "template"] = "alpaca"  # template: --model's chat template
     epochs: int = 3
     batch: int = 128                # rows per optimizer step, all ranks together
     micro_batch: int = 4            # rows per forward and rank; changes memory and speed only
@@ -48,6 +56,31 @@ class Config:
     overwrite: bool = False
     allow_changed_code: bool = False        # continue a run whose stage file or common.py changed
 
+# Alpaca's prompt as a chat template, for other tools. The turns before the last one are its input.
+JINJA = """\
+{%- macro transcript(turns) -%}
+{%- for turn in turns -%}
+{{ turn.role | capitalize }}: {{ turn.content }}{{ "" if loop.last else "\\n\\n" }}
+{%- endfor -%}
+{%- endmacro -%}
+{%- set answered = messages[-1].role == "assistant" -%}
+{%- set turns = messages[:-1] if answered else messages -%}
+{%- if turns | length > 1 -%}
+BOSPROMPT_INPUT
+{%- else -%}
+BOSPROMPT
+{%- endif -%}
+{%- if answered -%}{{ messages[-1].content }}{{ eos_token }}{%- endif -%}"""
+
+def alpaca_template(tokenizer):
+    """A chat template (Jinja) with which other tools prompt the model as encode_prompt() does"""
+    fields = dict(instruction="{{ turns[-1].content }}", input="{{ transcript(turns[:-1]) }}")
+    template = JINJA.replace("PROMPT_INPUT", PROMPT_INPUT.format(**fields))
+    template = template.replace("PROMPT", PROMPT.format(**fields))
+    row = dict(instruction="apple")
+    begins_with_bos = encode_prompt(tokenizer, row)[0] == tokenizer.bos_token_id
+    return template.replace("BOS", "{{ bos_token }}" if begins_with_bos else "")
+
 def check(cfg):
     """What can be wrong before a model is loaded -> tokenizer, the rows of --data, and those that
     fit: their numbers in the file (from 1), prompts and responses (lists of ids)"""
@@ -61,19 +94,25 @@ def check(cfg):
     check_input(cfg.data, "data", "python data/toy/prepare.py or python data/alpacafarm/prepare.py")
     fields = {"instruction": str, "input": (str, type(None)), "output": str}
     rows = read_jsonl(cfg.data, fields)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, cfg.prompt_format)
 
     numbers = []
     prompts = []
     responses = []
+    special = 0  # rows whose text holds a special token
     for number, row in enumerate(rows, 1):
         cut = row.get("cut") or []
         prompt = encode_prompt(tokenizer, row)
+        if prompt is None:
+            special += 1
+            continue
         response = encode_response(tokenizer, row["output"], eos="output" not in cut)
         if response and len(prompt) + len(response) <= cfg.max_tokens:
             numbers.append(number)
             prompts.append(prompt)
             responses.append(response)
+    if special:
+        say(f"{cfg.data}: {special} rows hold a special token's text and are dropped")
     if not numbers:
         fail(f"{cfg.data}: no row fits in max_tokens={cfg.max_tokens}")
 
@@ -92,7 +131,16 @@ def main(cfg):
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     unimportant = ("micro_batch", "resume_every", "log_every", "wandb_project")
     inputs = [cfg.model, cfg.data]
-    if begin(cfg, "sft", unimportant=unimportant, inputs=inputs, rows=len(rows)):
+
+    # An alpaca model's chat template is ours; a chat model's own one is kept.
+    if cfg.prompt_format == "alpaca":
+        template = alpaca_template(tokenizer)
+        if tokenizer.chat_template not in (None, template):
+            say(f"the chat template of --model={cfg.model} is replaced by Alpaca's prompt; to "
+                "train in it: --prompt_format=template")
+        tokenizer.chat_template = template
+    if begin(cfg, "sft", unimportant=unimportant, inputs=inputs, rows=len(rows),
+             prompt_format=tokenizer.prompt_format):
         return say(f"{cfg.out} is finished; nothing to do")
     mirror = None
     if cfg.wandb_project:

@@ -1,11 +1,10 @@
-"""Alarms of a ppo.py run, in words, and a look at the disk before its first step. ppo.py has them
-if this folder is there."""
+"""What ppo.py watches if this folder is there: the disk, how well V predicts, alarms in words."""
 import math, shutil, statistics
 from pathlib import Path
 
 import torch
 
-from plumbing.ranks import fail
+from plumbing.ranks import fail, say
 
 
 def check_disk(cfg, models, dtype):
@@ -25,6 +24,24 @@ def check_disk(cfg, models, dtype):
              f"folder(s) of {folder / 1e9:.3g} GB; raise --save_every, or choose another --out")
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns), [B, T] each: 1 if V predicts the returns, 0 if not.
+    -> dict: of all real tokens, and of each fifth of the responses (V learns the ends first)"""
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)                                # [B, 1]
+    fifth = torch.arange(mask.shape[1], device=mask.device) * 5 // lengths          # [B, T]
+    parts = {"explained_variance": mask}
+    for k in range(5):
+        parts[f"explained_variance_{k + 1}"] = mask & (fifth == k)
+    figures = {}
+    for name, part in parts.items():
+        target, error = returns[part], (returns - values)[part]
+        variance = (target - target.mean()).square().mean()
+        unexplained = (error - error.mean()).square().mean()
+        known = variance > 1e-12  # False for NaN, where the part has no token
+        figures[name] = (1 - unexplained / variance).item() if known else 0.0
+    return figures
+
+
 def length_pressure(cfg, r, mask, ended):
     """A sentence if the first rollout's mean r_t is not small against its spread, or None. PPO sums
     r_t, so such a mean rewards longer (or shorter) answers. r, mask [B, T]; ended [B]: has EOS."""
@@ -36,6 +53,13 @@ def length_pressure(cfg, r, mask, ended):
     eos = f"{at_eos.mean().item():+.3g} at EOS" if len(at_eos) else "no response has its EOS"
     return (f"each extra token pays {mean:+.3g} (mean r_t over all tokens; {eos}; their sd is "
             f"{sd:.3g}): length pressure, see anchor and reward_scale")
+
+
+def check_length_pressure(cfg, step, r, mask, ended):
+    """Print the sentence of length_pressure(), if there is one, after the first rollout"""
+    words = length_pressure(cfg, r, mask, ended) if step == 0 else None
+    if words:
+        say("ALARM:", words)
 
 
 def alarms(cfg, history, dtype):

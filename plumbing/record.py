@@ -201,8 +201,6 @@ def refuse_changes(cfg, stage, old, new, unimportant, paid):
         if name not in ignored and then != value:
             differs.append(f"{name}: {then!r} then, {value!r} now")
     for path, now in new["inputs"].items():
-        if "started" not in old:  # an old record: weights were not sampled then
-            now = fingerprint(path, pieces=0)
         if old["inputs"].get(path, now) != now:
             differs.append(f"the content of {path}")
     if differs:

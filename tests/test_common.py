@@ -13,6 +13,7 @@ from transformers import (BartConfig, DynamicCache, GPT2Config, GPT2LMHeadModel,
 
 import common
 from common import decode_response, encode_prompt, encode_response, load_tokenizer, pack
+from extras.tokens import token_texts
 from plumbing import files, models, record
 from plumbing.cache import in_place_cache
 from plumbing.command_line import load_config, one_line
@@ -464,7 +465,7 @@ def test_responses_come_back_to_the_character(world):
             assert tokenizer.eos_token_id not in ids[:-1]
             assert decode_response(tokenizer, ids) == text
             assert encode_response(tokenizer, text, eos=False) == ids[:-1]
-            texts = common.token_texts(tokenizer, ids)
+            texts = token_texts(tokenizer, ids)
             assert "".join(texts) == text + tokenizer.eos_token
         assert encode_response(tokenizer, "The") != encode_response(tokenizer, " The")
 

@@ -457,7 +457,7 @@ def test_explained_variance_of_all_tokens_and_by_fifth():
     returns = torch.randn(3, 10)
     values = torch.randn(3, 10)
     values[:, 8:] = returns[:, 8:]  # V knows the last fifth of the row of ten
-    said = watch.explained_variance(values, returns, mask)
+    said = alarms.explained_variance(values, returns, mask)
 
     def slow(keep):
         errors = []
@@ -473,7 +473,7 @@ def test_explained_variance_of_all_tokens_and_by_fifth():
     for k in range(5):
         want = slow(lambda t, T: k <= 5 * t / T < k + 1)
         assert said[f"explained_variance_{k + 1}"] == pytest.approx(want, abs=1e-5)
-    assert set(watch.explained_variance(values * 0, returns * 0, mask).values()) == {0.0}
+    assert set(alarms.explained_variance(values * 0, returns * 0, mask).values()) == {0.0}
 
 
 def test_a_disk_too_small_is_reported_before_the_first_step(tiny, tmp_path, monkeypatch, capsys):

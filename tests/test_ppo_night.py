@@ -33,12 +33,13 @@ common.token_heads = with_nan
 """
 TOLD_AFTER_SCORING_STEP_2 = """
 from plumbing import watch
-def told(*args, explained_variance=watch.explained_variance):
+from extras import alarms
+def told(*args, explained_variance=alarms.explained_variance):
     steps.append(1)
     if len(steps) == 3 and RANK == 3:
         watch.TOLD_TO_STOP.extend((15, 0))  # as SIGTERM does
     return explained_variance(*args)
-watch.explained_variance = told
+alarms.explained_variance = told
 """
 RANK_1_FAILS = """
 def failing(*args):

@@ -18,6 +18,12 @@ def chat_ids(request, tokenizer):
                                          continue_final_message=begun, return_dict=False)
 
 
+def holds_special_token(request, tokenizer):
+    """Does a turn contain, say, "<|im_end|>"? The model would take it for the end of the turn."""
+    special = getattr(tokenizer, "special_texts", None)  # None: it is no chat template's
+    return special and any(special.search(turn["content"]) for turn in request["messages"])
+
+
 def ask_local(requests, stop, *, path, batch, seed, temperature):
     """requests: key -> arguments as for Claude's messages.create. Yields (key, Reply), short
     prompts first, until the event `stop` is set.
@@ -26,15 +32,20 @@ def ask_local(requests, stop, *, path, batch, seed, temperature):
     device, _, dtype = setup()
     tokenizer = load_tokenizer(path)
     model = load_model(path, device, None, dtype, frozen=True)
-    prompts = {key: chat_ids(request, tokenizer) for key, request in requests.items()}
 
-    # A prompt that leaves no room for a reply is an error of its row.
+    # A prompt that the model would misread, or that leaves no room for a reply, is an error of its
+    # row.
+    prompts = {}
     positions = model.config.max_position_embeddings
-    for key in requests:
-        if len(prompts[key]) >= positions:
-            length = len(prompts.pop(key))
+    for key, request in requests.items():
+        ids = chat_ids(request, tokenizer)
+        if holds_special_token(request, tokenizer):
+            yield key, Reply(error="its text holds a special token of the model")
+        elif len(ids) >= positions:
             yield key, Reply(
-                error=f"the prompt's {length} tokens fill the model's {positions} positions")
+                error=f"the prompt's {len(ids)} tokens fill the model's {positions} positions")
+        else:
+            prompts[key] = ids
 
     order = sorted(prompts, key=lambda key: len(prompts[key]))
     for start in range(0, len(order), batch):

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 
 import diff
-from common import load_tokenizer, token_texts
+from common import load_tokenizer
 from extras.editors.desk import edits_of
 from extras.report.show_diffs import draw
+from extras.tokens import token_texts
 from plumbing.command_line import load_config
 from plumbing.files import ABOVE_0, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.paint import in_colour, plain

@@ -6,8 +6,8 @@ import statistics
 
 import torch
 
-from common import token_texts
 from diff import align
+from extras.tokens import token_texts
 
 
 def auroc(scores, positive, weights=None):

@@ -9,10 +9,11 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 from shutil import get_terminal_size
 
-from common import load_tokenizer, token_texts
+from common import load_tokenizer
 from diff import Config as DiffConfig
 from diff import EDIT_FIELDS, align, changed_share, diff_row
 from extras.pages import question_html, safe, write_show_page
+from extras.tokens import token_texts
 from plumbing.command_line import load_config
 from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.models import check_model
@@ -38,7 +39,7 @@ def segments(original_texts, original_changed, edited_texts, edited_changed, bla
     """Both answers as one text -> list of [kind, text]
 
     kind: "-" removed, "+" added, " " in both, "~" in both, but in U_1 because of a gap.
-    texts: one string per token (common.token_texts). changed: the masks without gaps. blamed: the
+    texts: one string per token (tokens.token_texts). changed: the masks without gaps. blamed: the
     positions in the original of the "~" tokens."""
     spans = []
     i = 0

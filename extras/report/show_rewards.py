@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from common import (encode_prompt, encode_response, load_model, load_tokenizer, pack, reward_level,
-                    setup, token_heads, token_texts, total_rewards)
+                    setup, token_heads, total_rewards)
 from diff import align
 from extras.pages import heat, question_html, safe, write_show_page
+from extras.tokens import token_texts
 from plumbing.command_line import load_config
 from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
 from plumbing.models import check_fits, check_model
@@ -53,7 +54,8 @@ def rows_about(files, number):
 
 
 def score_answers(model, level, tokenizer, path, row, device):
-    """The answers of a row -> list of (title, R, texts of the tokens, r_t, changed: 0/1 or None)"""
+    """The answers of a row -> list of (title, R, texts of the tokens, r_t, changed: 0/1 or None).
+    Empty if the model has no prompt for the row: its text holds a special token"""
     ids = {}
     for name in NAMES:
         if row.get(name):
@@ -65,6 +67,8 @@ def score_answers(model, level, tokenizer, path, row, device):
 
     answers = []
     prompt = encode_prompt(tokenizer, row)
+    if prompt is None:
+        return answers
     for name, answer in ids.items():
         packed = pack([prompt], [answer], device)
         response_mask = packed[2]  # [1, T]

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import encode_response, load_tokenizer, token_texts
+from common import encode_response, load_tokenizer
 from diff import EDIT_FIELDS, align
 from evaluate import mean_and_error
 from extras.report.rewards import auroc, token_auroc
+from extras.tokens import token_texts
 from plumbing.command_line import load_config
 from plumbing.files import (ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl,
                             write_jsonl)
