@@ -1,4 +1,7 @@
 """What ppo.py watches if this folder is there: the disk, how well V predicts, alarms in words."""
+if __name__ == "__main__":
+    raise SystemExit("alarms.py is a part of: python ppo.py")
+
 import math, shutil, statistics
 from pathlib import Path
 
