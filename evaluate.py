@@ -32,8 +32,7 @@ import torch
 
 from common import (decode_response, encode_prompt, encode_response, end_ids, generate,
                     load_model, load_tokenizer, my_micro_batches, pack,
-                    reward_level, row_uniforms, setup, token_heads, token_texts, total_rewards,
-                    unsharded)
+                    reward_level, row_uniforms, setup, token_heads, total_rewards, unsharded)
 from plumbing import claude
 from plumbing.command_line import extra, load_config
 from plumbing.files import (ABOVE_0, ANY, AT_LEAST_0, COUNT, check_input, check_numbers, read_jsonl,
@@ -760,6 +759,9 @@ def read_probe(path, tokenizer, max_tokens):
         if row["better"] == row["worse"]:
             fail(f"{path}:{number}: better and worse are the same")
         prompt = encode_prompt(tokenizer, row)
+        if prompt is None:
+            dropped["special token in the prompt"] += 1
+            continue
         better = encode_response(tokenizer, row["prefix"] + row["better"])
         worse = encode_response(tokenizer, row["prefix"] + row["worse"])
         differs = [at for at, (w, l) in enumerate(zip(better, worse)) if w != l]
@@ -769,8 +771,8 @@ def read_probe(path, tokenizer, max_tokens):
         at = differs[0]
 
         # A token can cross the end of the prefix: then the two differ where nothing was decided.
-        shared = sum(map(len, token_texts(tokenizer, better[:at])))
-        if shared < len(row["prefix"]):
+        shared = decode_response(tokenizer, [*better[:at], tokenizer.eos_token_id])
+        if len(shared) < len(row["prefix"]):
             dropped["a token crosses the end of the prefix"] += 1
         elif len(prompt) + max(len(better), len(worse)) > max_tokens:
             dropped["too long"] += 1
