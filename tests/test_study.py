@@ -112,6 +112,20 @@ def test_the_grid_runs_on_tuning_seeds_alone():
     assert len(set(names)) == len(names)
 
 
+def test_peoples_edits_become_continuations():
+    """Only words differ, both sides begin with the same two words, a comment is used once"""
+    from extras.study.people import continuations
+    rows = [dict(original="You are a damn fool , sir .", edited="You are wrong, sir."),
+            dict(original="You are a damn fool , sir .", edited="You are a fool, sir"),
+            dict(original="What the hell is this ?", edited="what is this?"),
+            dict(original="same thing , only spaces .", edited="Same thing, only spaces"),
+            dict(original="no edit here at all", edited=None)]
+    own, others = continuations(rows)
+    assert [(row["input"], row["original"], row["edited"]) for row in own] == [
+        ("you are", " a damn fool, sir", " wrong, sir")]
+    assert others == [dict(original="what the hell is this?", edited="what is this?")]
+
+
 # ---------------------------------------------------------------- the changed equations
 
 def draws(seed):

@@ -57,7 +57,7 @@ def win(rows, figure="win_rate"):
 
 
 def difference(rows, others, step=None):
-    """{seed: row} of two arms -> "mean ± error" of the paired difference, at a step or at the end"""
+    """{seed: row} of two arms -> "mean ± error" of the paired difference at a step; None: the last"""
     values = []
     for seed in rows.keys() & others.keys():
         a, b = rows[seed], others[seed]
@@ -274,7 +274,7 @@ def panel(found, world, words, left):
 EDITS = [(f"{NAMES[arm]}: {words}", world, f"edits_{arm}")
          for arm in ("sequence", "gamma0")
          for world, words in (("noise0", "no wrong labels"), ("medium", "25% wrong labels"),
-                              ("noise40", "40% wrong labels"), ("fixes50", "half of the flaws fixed"),
+                              ("noise40", "40% wrong labels"), ("fixes50", "half of them fixed"),
                               ("fixes75", "three quarters fixed"), ("fixes100", "all fixed"),
                               ("medium_line", "as many flaws a line as in short answers"))]
 LOSSES = [(f"{words}, {NAMES[arm]}", "medium", f"losses_{arm}_{name}")
