@@ -57,7 +57,7 @@ def win(rows, figure="win_rate"):
 
 
 def difference(rows, others, step=None):
-    """{seed: row} of two arms -> "mean ± error" of the paired difference, at a step or at the last"""
+    """{seed: row} of two arms -> the paired difference "mean ± error" at a step, or at the end"""
     values = []
     for seed in rows.keys() & others.keys():
         a, b = rows[seed], others[seed]
