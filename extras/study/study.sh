@@ -126,7 +126,7 @@ toy)  # the toy world, where the truth is known: the same loss on original and o
     for seed in $TOY_SEEDS; do
         T=$OUT/toy/seed$seed; A=(config/demo.toml --seed="$seed")
         [ -s "$T/rm_edited/rewards.json" ] && continue
-        timed "$T/data" data/toy/prepare.py "${A[@]}" --out="$T/data"
+        timed "$T/data" data/toy/prepare.py "${A[@]}" --items=short --out="$T/data"
         timed "$T/sft" sft.py "${A[@]}" --model="$T/data/model" --data="$T/data/sft.jsonl" \
             --out="$T/sft"
         "$PYTHON" edit.py "${A[@]}" --editor=rules --data="$T/data/pref.jsonl" \
