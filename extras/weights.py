@@ -8,7 +8,7 @@ import json, re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import extract_weight_conversions_for_model
 
 from plumbing.models import compare
 from plumbing.ranks import fail
@@ -18,7 +18,7 @@ def check_headers(path, flag, model, head):
     """fail() unless the folder's tensors are the model's, by name and shape. Allowed: a new head
     (head="zero"), the head that it replaces, the second name of tied weights."""
     files = weight_files(Path(path), flag)
-    if not files or get_checkpoint_conversion_mapping(model.config.model_type):
+    if not files or extract_weight_conversions_for_model(model):
         return  # new weights; or tensors that transformers renames: load_model compares them
     prefix = model.base_model_prefix + "."  # backbones are saved with and without it
     stored = {n.removeprefix(prefix): s for n, s in stored_shapes(files, flag).items()}

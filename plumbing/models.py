@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from plumbing.command_line import extra
 from plumbing.ranks import fail
 
-RECURRENT = re.compile("conv|mamba|ssm|A_log|linear_attn|recurrent|time_mix|rglru")
+RECURRENT = re.compile("conv|mamba|ssm|A_log|linear_att|recurrent|time_mix|rglru")
 
 def check_model(path, flag, made_by, *, weights=True):
     """fail() unless path is a Hugging Face folder, or org/name on the hub (org is no local folder).
@@ -48,9 +48,10 @@ def meta_model(config, head):
     return model if known else None
 
 def recurrent_layer(model):
-    """The first tensor of a layer that is not attention, or None"""
-    names = (name for name, _ in model.base_model.layers.named_parameters())
-    return next(filter(RECURRENT.search, names), None)
+    """The first tensor, or type, of a layer that is not attention, or None"""
+    names = [name for name, _ in model.base_model.layers.named_parameters()]
+    types = getattr(model.config, "layer_types", None) or []
+    return next(filter(RECURRENT.search, names + types), None)
 
 def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     """fail() unless common.load_model(path, head=head) gives the folder's own model, with positions
@@ -75,7 +76,9 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
              "resize the embeddings, or take the tokenizer that belongs to the weights")
     model = meta_model(config, head)
     if model is None:
-        fail(f"--{flag}={path}: {config.model_type} is not built as Llama is (model.layers, score)")
+        kind = "ForTokenClassification" if head else "ForCausalLM"
+        fail(f"--{flag}={path}: transformers has no ...{kind} for {config.model_type} that is "
+             "built as Llama is (model.layers, score); docs/families.md lists what runs")
     if recurrent_layer(model) and (head or generates):
         fail(f"--{flag}={path} ({config.model_type}) has recurrent or linear layers "
              f"({recurrent_layer(model)}); generation and rewards need attention in each layer")
@@ -93,7 +96,7 @@ def compare(path, flag, model, head, missing, unexpected, reshaped):
     two names on each side, and what it looks like"""
     may_differ = ("rotary_emb.inv_freq",)
     if head or model.config.tie_word_embeddings:
-        may_differ += ("lm_head.weight",)
+        may_differ += ("lm_head.weight", "lm_head.bias")
     if head == "zero":
         may_differ += ("score.weight", "score.bias")
     sides = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
