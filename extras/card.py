@@ -219,7 +219,8 @@ def provenance(stage, record, base):
     rows = [("stage", stage), ("base", base)]
     for path, fingerprint in record["inputs"].items():
         rows.append(("read", f"{path} (fingerprint {fingerprint})"))
-    for name in ("started", "command", "commit", "device", "world_size", "torch", "transformers"):
+    for name in ("prompt_format", "started", "command", "commit", "device", "world_size", "torch",
+                 "transformers"):
         rows.append((name, record.get(name, "")))
     return table(rows)
 

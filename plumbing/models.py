@@ -77,8 +77,7 @@ def check_fits(path, flag, length, *, head=None, generates=True, vocabulary=0):
     model = meta_model(config, head)
     if model is None:
         kind = "ForTokenClassification" if head else "ForCausalLM"
-        fail(f"--{flag}={path}: transformers has no ...{kind} for {config.model_type} that is "
-             "built as Llama is (model.layers, score); docs/families.md lists what runs")
+        fail(f"--{flag}={path}: {config.model_type} has no {kind} like Llama's: docs/families.md")
     if recurrent_layer(model) and (head or generates):
         fail(f"--{flag}={path} ({config.model_type}) has recurrent or linear layers "
              f"({recurrent_layer(model)}); generation and rewards need attention in each layer")

@@ -24,7 +24,6 @@ from plumbing.ranks import RANK, WORLD, barrier, fail, say
 # What a stage leaves in its folder, and next to a file while it is being made.
 RESULTS = ("checkpoint_*", "step_*", "metrics.jsonl", "samples.jsonl", "config.json")
 UNFINISHED = (".parts", ".replies", ".batches", ".batches.json")
-SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0)  # as evaluate.py decode
 FLAT = states.StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with one process
@@ -283,9 +282,8 @@ def load_checkpoint(out, models, optimizer):
     return max(steps, default=0)
 
 def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
-    """A Hugging Face folder that other tools load; all its files name the same eos. config.json
-    comes last and makes it valid. sequence_pad: it is named ...ForSequenceClassification, which
-    reads the score at the last id that is not this pad."""
+    """A Hugging Face folder. All its files name the same eos; config.json comes last and makes it
+    valid. sequence_pad: ...ForSequenceClassification reads the score at the last id but this."""
     state = states.get_model_state_dict(model, options=FULL)
     if RANK == 0:
         if model.config.tie_word_embeddings:
@@ -297,9 +295,9 @@ def save_model(model, tokenizer, out, dtype, *, sequence_pad=None):
         if model.can_generate():
             ends = sorted({tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())})
             eos = ends if len(ends) > 1 else ends[0]
-            model.generation_config = GenerationConfig(
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
-                pad_token_id=tokenizer.pad_token_id, **SAMPLING)
+            model.generation_config = GenerationConfig(  # sampling as in evaluate.py decode
+                do_sample=True, temperature=0.7, top_p=0.9, top_k=0, eos_token_id=eos,
+                bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
         model.save_pretrained(folder, state_dict=state)
         config = json.loads((folder / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")

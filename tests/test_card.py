@@ -1,6 +1,6 @@
 """A saved folder as other tools read it: the card, the sampling, pipelines, file modes.
 pytest tests/test_card.py"""
-import contextlib, io, json, os, re, stat, tomllib
+import contextlib, io, json, os, re, shutil, stat, tomllib
 
 import pytest
 import torch
@@ -207,14 +207,21 @@ def test_a_chat_template_that_was_not_trained_with_is_not_used(world, tmp_path):
     for name, template in (("a", other), ("b", "{{ raise_exception('no') }}")):
         code = parts(saved(world, tmp_path / name, chat_template=template))[1]["python"]
         assert "apply_chat_template" not in code and "### Response:" in code
-    alpaca = ("{% for m in messages %}<s>" + common.PROMPT + "{% endfor %}").replace(
-        "{instruction}", "{{ m.content }}")
-    tokenizer = common.load_tokenizer(f"{world}/sft")
-    tokenizer.chat_template = alpaca
-    assert "Below" in card.prompt_expression(tokenizer)[0]
-    with pytest.MonkeyPatch.context() as patch:  # as if only the template gave the right ids
-        patch.setattr(card, "PROMPT", common.PROMPT.lower())
-        assert card.prompt_expression(tokenizer)[0].startswith("tokenizer.apply_chat_template(")
+
+
+def test_a_model_that_was_trained_in_its_chat_template_is_asked_in_it(world, tmp_path):
+    """...with the ids of the stages, whether or not the tokenizer adds a token of its own"""
+    shutil.copytree(world / "sft", tmp_path / "chat")
+    (tmp_path / "chat/chat_template.jinja").write_text(
+        "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>"
+        "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    tokenizer = common.load_tokenizer(tmp_path / "chat", "template")
+    assert tokenizer.prompt_format != "alpaca"
+    wanted = common.encode_prompt(tokenizer, dict(instruction=card.EXAMPLE, input=""))
+    expression, options = card.prompt_expression(tokenizer)
+    assert expression.startswith("tokenizer.apply_chat_template(")
+    ids = eval(f"tokenizer({expression}{options}).input_ids", dict(tokenizer=tokenizer))
+    assert ids == wanted
 
 
 # ---------------------------------------------------------------- sampling

@@ -236,10 +236,10 @@ def test_a_family_that_is_not_built_as_llama_is_refused(tmp_path, capsys):
     check_fits("olmo", 50)
     said = "positions for 50 tokens, this run needs 51"
     mistake(capsys, lambda: check_fits("qwen", 51), "--model=", said)
-    mistake(capsys, lambda: check_fits("gpt2", 9), "built as Llama is")
+    mistake(capsys, lambda: check_fits("gpt2", 9), "like Llama's: docs/families.md")
     for name in ("gpt2", "neox", "bart", "olmo"):
         path = f"--model={tmp_path}/{name}"
-        mistake(capsys, lambda: check_fits(name, 9, head="zero"), path, "built as Llama is")
+        mistake(capsys, lambda: check_fits(name, 9, head="zero"), path, "like Llama's")
 
 
 # ---------------------------------------------------------------- the record of a run

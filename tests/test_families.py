@@ -63,9 +63,9 @@ MORE_POLICIES = {
 }
 # Neither: what a stage says of them.
 REFUSED = {
-    "GPT-2": ("gpt2", "model.layers"), "OPT": ("opt", "model.layers"),
-    "BLOOM": ("bloom", "model.layers"), "MPT": ("mpt", "model.layers"),
-    "Llama 4": ("llama4_text", "model.layers"), "MiniMax": ("minimax", "linear"),
+    "GPT-2": ("gpt2", "like Llama's"), "OPT": ("opt", "like Llama's"),
+    "BLOOM": ("bloom", "like Llama's"), "MPT": ("mpt", "like Llama's"),
+    "Llama 4": ("llama4_text", "like Llama's"), "MiniMax": ("minimax", "linear"),
     "Qwen 3 Next": ("qwen3_next", "linear"),
 }
 if os.environ.get("FAMILIES") == "all":

@@ -56,7 +56,7 @@ def test_a_plan_for_an_unsupported_model_fails_in_one_line(tmp_path, capsys, mon
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", offline)
     GPT2Config().save_pretrained(tmp_path / "gpt2")
     for fields, words in (
-        (dict(policy=str(tmp_path / "gpt2")), "built as Llama is"),
+        (dict(policy=str(tmp_path / "gpt2")), "like Llama's: docs/families.md"),
         (dict(micro_batch=0), "--micro_batch must be"),
         (dict(policy="runs/sft"), "--policy=runs/sft: runs/sft is not there"),
     ):
