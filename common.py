@@ -307,14 +307,14 @@ def forward(model, ids, mask, **options):
                  **options).logits
 
 def token_logprobs(model, ids, mask, response_mask, temperature=1.0):
-    """log pi(a_t | s_t) [B, T]: from the logits of the position before a_t. All ranks."""
+    """log pi(a_t | s_t) [B, T], Section 2.2: from the logits one position before a_t. All ranks."""
     B, T = response_mask.shape
     logits = upcast(forward(model, ids, mask, logits_to_keep=T + 1)[:, :-1]) / temperature
     logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, -T:].flatten(), reduction="none")
     return to_left(logprobs.view(B, T), response_mask)
 
 def token_heads(model, ids, mask, response_mask, *, before=False):
-    """The head's outputs [B, T]: r_t at a_t's position; before: V(s_t), one earlier. All ranks."""
+    """Head outputs [B, T]: r_t of Section 2.2, at a_t; before: V(s_t), one earlier. All ranks."""
     T = response_mask.shape[1]
     heads = upcast(forward(model, ids, mask)[..., 0])                                      # [B, S]
     heads = heads[:, -T - 1:-1] if before else heads[:, -T:]                               # [B, T]

@@ -153,8 +153,8 @@ def common_pairs(a, b):
     return pairs
 
 def align(original, edited, *, gaps=False):
-    """Two token sequences (lists of int) -> original_changed, edited_changed (lists of 0/1, as long
-    as they are): 1 = in U_1.
+    """U_0 and U_1 of Section 2.2: two token sequences (lists of int) -> original_changed,
+    edited_changed (lists of 0/1, as long as they are): 1 = in U_1.
 
     The unchanged tokens are a longest common subsequence: the common beginning and end, and between
     them one with as few contiguous runs as possible. Ties: going backwards, two tokens are paired

@@ -1,5 +1,5 @@
-"""Stage 1. Fine-grained data by minimal editing: the less preferred answer y_l -> the same answer,
-minimally edited, y_w.
+"""Stage 1. Fine-grained data by minimal editing (Figure 1): the less preferred answer y_l -> the
+same answer, minimally edited, y_w.
 
     python edit.py data/alpacafarm/pref.jsonl --dry_run=true   # requests, tokens, dollars, a prompt
     python edit.py data/alpacafarm/pref.jsonl                  # Claude, as in the paper
@@ -86,7 +86,8 @@ class Config:
 def read_rows(cfg):
     """id -> the row to edit: id, instruction, input, original, and the other fields of its data.
 
-    The id is a hash of all that is asked, so rows that ask the same are one."""
+    Of a pair, only the less preferred answer is read, as in Section 2.1. The id is a hash of all
+    that is asked, so rows that ask the same are one."""
     fields = {"instruction": str, "input": (str, type(None))}
     first = read_jsonl(cfg.data, fields)[0]
     is_output = "output" in first and "output_1" not in first and "original" not in first
@@ -141,8 +142,8 @@ def uses_tags(cfg):
     return cfg.editor == "claude" and not takes_prefill
 
 def build_request(cfg, row, longest=False):
-    """The arguments of client.messages.create. longest: with all of max_tokens, after a reply that
-    was cut"""
+    """The paper's Figure 2 as the arguments of client.messages.create. longest: with all of
+    max_tokens, after a reply that was cut"""
     # Fill in the prompt; without an input the line that names it is removed.
     template = cfg.prompt
     if not row["input"]:

@@ -56,7 +56,7 @@ def points(preference):
     return 100 * (preference - 1)
 
 def win_rate(preferences):
-    """The win rate in percent, its standard error over pairs, and counts (dict).
+    """The win rate of Table 1 in percent, its standard error over pairs, and counts (dict).
 
     A preference is in [1, 2]; above 1.5, ours won. 1.5 or 0 is a draw. None is not counted."""
     scores = [points(x) for x in preferences if x is not None]
@@ -330,7 +330,8 @@ def orders_of(cfg, pair, i):
     return [random.Random(f"{cfg.seed} {i}").choice((1, 2))]
 
 def build_request(cfg, pair, first):
-    """The arguments of client.messages.create; output `first` (1 theirs, 2 ours) is shown as (a)"""
+    """The judge of Section 3.1: the arguments of client.messages.create; output `first` (1 theirs,
+    2 ours) is shown as (a)"""
     row = pair[0]
     shown = dict(instruction=row["instruction"], input=row.get("input") or "", neutral="")
     shown["first"] = pair[first - 1]["output"]
@@ -835,7 +836,8 @@ def score_responses(path, level, prompts, responses, micro_batch, dtype):
     return R, [row[:len(ids)] for row, ids in zip(r, responses)]
 
 def pair_figures(pairs, R_w, R_l):
-    """Accuracy (a tie is half), margin and calibration, next to the rule "the longer answer wins".
+    """Accuracy of Table 2 (a tie is half), margin and calibration, next to the rule "the longer
+    answer wins".
     pairs: (row, prompt, w, l); R_w, R_l: rewards of their better and worse answers"""
     margins = [w - l for w, l in zip(R_w, R_l)]
     right = [100 * half_if_tied(w, l) for w, l in zip(R_w, R_l)]
@@ -854,8 +856,8 @@ def half_if_tied(w, l):
     return 1.0 if w > l else 0.0
 
 def calibration(margins, bins=10):
-    """Does sigma(R_w - R_l) mean what it says? The model is confident in the answer with the higher
-    reward, by 0.5 to 1. -> expected calibration error, and bins by confidence (dict)"""
+    """Does sigma(R_w - R_l), Eq. 2, mean what it says? The model is confident in the answer with
+    the higher reward, by 0.5 to 1. -> expected calibration error, and bins by confidence (dict)"""
     filled = defaultdict(list)  # number of the bin -> (confidence, right) of its pairs
     for margin in margins:
         confidence = 1 / (1 + math.exp(-min(abs(margin), 500)))

@@ -96,7 +96,7 @@ def masked_mean(x, mask):
 
 def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, reward_scale="sum",
                   fixed_length=None, clamp_kl=False, missing_eos_penalty=0.0, ended=None):
-    """The rewards [B, T] that GAE gets: penalty, then scale, then - b (log pi - log pi_0).
+    """The rewards [B, T] that GAE gets, Section 2.2: penalty, scale, - b (log pi - log pi_0).
 
     rewards: R [B] for level="sequence", put at the last real token; r_t [B, T] for "token".
     ended [B] bool: the response has its EOS; without, missing_eos_penalty is subtracted at the
@@ -130,7 +130,7 @@ def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, rewa
     return rewards - kl_coef * kl
 
 def gae(rewards, values, mask, *, gamma, lam):
-    """Generalized advantage estimation -> advantages, returns = advantages + values, [B, T] each.
+    """Generalized advantage estimation, Section 2.2 -> advantages, returns = A + V, [B, T] each.
 
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lam A_{t+1}. The value after
     the last real token is 0, also if the response was cut: the length limit is part of the task.
@@ -162,7 +162,7 @@ def whiten(x, mask, *, shift_mean=True):
     return (x / std).masked_fill(~mask, 0)
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, *, clip):
-    """Clipped surrogate: max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), ratio = pi / pi_old"""
+    """Clipped loss, Section 2.2: max(-A ratio, -A clip(ratio, 1 +- clip)), ratio = pi / pi_old"""
     mask = mask.bool()
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0).exp()
     advantages = advantages.masked_fill(~mask, 0)

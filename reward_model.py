@@ -1,4 +1,5 @@
 """Stage 3. The reward model r_phi(s_t, a_t): what each token is worth, learnt from pairs.
+(Figure 1: its left side is --loss=sequence, its right side --loss=eq4.)
 
     python reward_model.py                                 # Eq. 4 on out/diffs.jsonl -> out/rm
     python reward_model.py --loss=sequence data/toy/pref.jsonl     # the baseline: one reward per
@@ -91,7 +92,8 @@ def pair_terms(r_w, response_w, changed_w, r_l, response_l, changed_l):
     return u0_w - u0_l, u1_w, u1_l
 
 def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss, anchor=0.0):
-    """Loss of each pair [B]; arguments as in pair_terms. loss: "sequence", "eq3" [3] or "eq4" [4].
+    """Loss of each pair [B]; arguments as in pair_terms. loss: "sequence" (Eq. 2 with R at the last
+    token), "eq3" (Eq. 3) or "eq4" (Eq. 4).
 
     anchor adds anchor * the mean of r_t^2 over the U_0 tokens of both sides together, or 0 if there
     are none. ValueError: anchor with sequence."""
@@ -115,7 +117,7 @@ def pair_losses(r_w, response_w, changed_w, r_l, response_l, changed_l, *, loss,
     return losses
 
 def margins(scored, level):
-    """R_w - R_l of each pair, [B]. scored: what score_pairs returns"""
+    """R_w - R_l of each pair, [B]: Eq. 2 is its sigma. scored: what score_pairs returns"""
     r_w, response_mask_w, _, r_l, response_mask_l, _ = scored
     R_w = total_rewards(r_w, response_mask_w, level)
     R_l = total_rewards(r_l, response_mask_l, level)

@@ -45,6 +45,19 @@ def test_align_with_gaps():
     assert align([1, 2, 3], [1, 9, 3], gaps=True) == ([0, 1, 0], [0, 1, 0])
 
 
+def test_figure_5_of_the_paper():
+    """Claude-2's edit, with a word as a token"""
+    original = ("It is better to have had a flame and lost it, than never to have been burned at "
+                "all.").split()
+    edited = ("It is better to have had a flame and been singed, than never to have felt its "
+              "warmth at all.").split()
+    original_changed, edited_changed = align(original, edited)
+    removed = [word for word, changed in zip(original, original_changed) if changed]
+    added = [word for word, changed in zip(edited, edited_changed) if changed]
+    assert removed == ["lost", "it,", "been", "burned"]
+    assert added == ["been", "singed,", "felt", "its", "warmth"]
+
+
 # ---------------------------------------------------------------- the reward model's loss
 
 # w has three tokens and l has two. The first token of each is unchanged.

@@ -97,6 +97,7 @@ def load_pairs(path):
 
 
 def main(cfg):
+    """AlpacaFarm's splits, Section 3.1 -> sft, pref, prompts, val and eval.jsonl"""
     sft = dataset_file(cfg, "alpaca_instructions/sft.json")
     pairs = dataset_file(cfg, f"alpaca_{cfg.preference}_preference.json")
     unlabeled = dataset_file(cfg, "alpaca_instructions/unlabeled.json")

@@ -153,7 +153,8 @@ def todo(cfg, rows, done):
 
 
 def serve(cfg, rows, done, save, stop):
-    """Serve the page until all people have pressed Finish, or until Ctrl-C sets `stop`.
+    """Serve the page until all people have pressed Finish, or until Ctrl-C sets `stop`. They
+    are the human annotators of Section 2.1.
 
     save(key, edited, error, facts) writes a row and puts it into done; facts: further fields."""
     guide = check(cfg)

@@ -49,13 +49,15 @@ def label_of(run, runs):
 
 
 def reward_model_label(run):
+    """The name of a row of Table 2"""
     if run["config"]["loss"] in ("eq3", "eq4"):
         return RM_TOKEN
     return RM_FINE if learned_from_edits(run) else RM_RLHF
 
 
 def ppo_label(run, reward_model):
-    """reward_model: the run of its reward model, None if that is not among the runs"""
+    """The paper's name of an arm, Section 3.1. reward_model: the run of its reward model, None if
+    that is not among the runs"""
     if run["config"].get("level") == "token":
         return GAMMA_0 if run["config"].get("gamma") == 0 else TOKEN
     if reward_model is None:  # then only the demo's names tell

@@ -77,9 +77,9 @@ RESET = "\033[0m"
 
 def draw(original_texts, original_changed, edited_texts, edited_changed, *, blamed=(), width=100,
          color=True):
-    """Both answers as one text for a terminal, wrapped at width: [-removed-] red, {+added+} green,
-    <~in U_1 because of a gap~> yellow. Arguments as in segments(). Control characters are made
-    visible."""
+    """Both answers as one text for a terminal, as in the paper's Figures 3 to 5, wrapped at width:
+    [-removed-] red, {+added+} green, <~in U_1 because of a gap~> yellow. Arguments as in
+    segments(). Control characters are made visible."""
     lines = [""]
     column = 0
     spans = segments(original_texts, original_changed, edited_texts, edited_changed, blamed)

@@ -167,7 +167,7 @@ SEEDS = ("± is the standard error: over pairs where there is one seed, over see
 
 
 def table_1(runs):
-    """Win rates against the reference"""
+    """Table 1: win rates against the reference"""
     groups = {label: [] for label in PAPER_WIN}
     groups |= arms(runs, "ppo")
     groups |= arms(runs, "sft", "other")
@@ -272,7 +272,7 @@ def column(rows, name):
 
 
 def table_2(runs, folders):
-    """Accuracy of the reward models, and of what a reward model has to beat"""
+    """Table 2: accuracy of the reward models, and of what a reward model has to beat"""
     groups = arms(runs, "reward model")
     labels = sorted({*groups, *PAPER_ACCURACY}, key=lambda label: (paper_order(label), label))
     rows = []
@@ -333,7 +333,8 @@ def read_bags(folders):
 
 
 def table_3(runs, target=None):
-    """Steps and hours of training. target: a win rate in percent that every arm is timed to"""
+    """Table 3: steps and hours of training. target: a win rate in percent that every arm is timed
+    to"""
     reward_models = arms(runs, "reward model")
     ppos = arms(runs, "ppo")
     rows = []
