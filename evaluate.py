@@ -6,6 +6,7 @@
     python evaluate.py best out/ppo                              # the best model a run has kept
     python evaluate.py rewards --reward_model=out/rm pref_heldout.jsonl edits_heldout.jsonl
     python evaluate.py report out --out=out/report.html          # several folders: seeds
+    python evaluate.py ask --model=out/sft,out/ppo "List four fruits."
 
 decode   answers of a language model, as AlpacaEval's model_outputs (instruction, input, output,
          generator); --out=x.json is a file that its reader opens
@@ -18,6 +19,8 @@ rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_
          that people changed. On a probe: after the same prefix, is the better token above the
          worse one? Accuracy does not show that
 report   Tables 1, 2 and 3 of the paper next to ours, and a page of figures, from run folders alone
+ask      the answers of several models to an instruction, side by side in the terminal; with
+         --reward_model its tokens are painted by r_t. Without an instruction it reads lines
 
 decode, rewards and judge --judge=reward_model run a model. They also work under torchrun, with the
 same result on any number of ranks. `python evaluate.py WORD --help` lists a word's fields.
@@ -959,11 +962,30 @@ def report(cfg):
     check_numbers(cfg, target=(0, 100), seed=ANY)
     extra("report.tables", "evaluate.py report").write_report(cfg)
 
+# ---------------------------------------------------------------- ask
+
+@dataclass(frozen=True)
+class AskConfig:
+    data: tuple[str, ...] = ()                  # instructions; none: each line of stdin is one
+    model: list[str] = ("out/sft", "out/ppo")   # Hugging Face folders, or names on the hub
+    reward_model: str | None = None             # a reward model that paints the answers' tokens
+    input: str = ""                             # the input that goes with each instruction
+    temperature: float = 0.7                    # as decode's; 0: the most likely token
+    top_p: float = 0.9
+    response_len: int = 300                     # tokens; fewer where a model has no more positions
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    seed: int = 0                               # each instruction has its own draws
+
+def ask(cfg):
+    check_numbers(cfg, temperature=AT_LEAST_0, top_p=(ABOVE_0[0], 1), response_len=COUNT, seed=ANY)
+    extra("report.ask", "evaluate.py ask").ask(cfg)
+
 # ---------------------------------------------------------------- the command words
 
 WORDS = dict(decode=(decode, DecodeConfig), judge=(judge, JudgeConfig),
              winrate=(winrate, WinrateConfig), best=(best, BestConfig),
-             rewards=(rewards, RewardsConfig), report=(report, ReportConfig))
+             rewards=(rewards, RewardsConfig), report=(report, ReportConfig),
+             ask=(ask, AskConfig))
 
 if __name__ == "__main__":
     word = sys.argv[1] if len(sys.argv) > 1 else ""

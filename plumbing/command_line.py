@@ -10,7 +10,7 @@ from plumbing.ranks import WORLD, fail
 # The tables that a preset may have: one per stage, and one per command word of a stage.
 TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.show ppo evaluate "
           "evaluate.decode evaluate.judge evaluate.winrate evaluate.best evaluate.rewards "
-          "evaluate.report").split()
+          "evaluate.report evaluate.ask").split()
 
 # Fields that hold a path: a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
@@ -119,21 +119,21 @@ def parse(name, given, kind, where):
     """A value as the field's annotated type, never guessed from the text itself.
 
     given: the text of a flag, a list of positional words, or a preset's value. The items of a list
-    are divided by commas, unless the text names an existing path."""
+    are divided by commas, unless the text names an existing path; those of a tuple are not."""
     where = f"{where}: {name}"
     texts = [str(text) for text in (given if isinstance(given, list) else [given])]
-    if typing.get_origin(kind) is not list:
+    origin = typing.get_origin(kind)
+    if origin not in (list, tuple):
         if len(texts) > 1:
             fail(f"{where} takes one value, got {len(texts)}: {' '.join(texts)}")
         return parse_text(name, "".join(texts), kind, where)
     items = []
     for text in texts:
-        if "," in text and not Path(os.path.expanduser(text)).exists():
+        if origin is list and "," in text and not Path(os.path.expanduser(text)).exists():
             items += text.split(",")
         elif text not in ("", "[]"):
             items.append(text)
-    item_kind = typing.get_args(kind)[0]
-    return [parse_text(name, item, item_kind, where) for item in items]
+    return [parse_text(name, item, typing.get_args(kind)[0], where) for item in items]
 
 def parse_text(name, text, kind, where):
     """A text as a bool, an int, a float, a str, one of a Literal's words, or None"""

@@ -99,6 +99,7 @@ def test_everything_but_extras_runs_without_extras(tmp_path, world):
 
     for words in (
         ["evaluate.py", "report", "."],
+        ["evaluate.py", "ask", "--model=sft", "List four fruits."],
         ["diff.py", "show"],
         ["reward_model.py", "show"],
         ["edit.py", "stats"],
