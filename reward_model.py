@@ -31,6 +31,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
 from common import (cosine, encode_prompt, encode_response, end_ids, load_model, load_tokenizer,
                     mean_rewards, my_micro_batches, optimizer_step, pack, rows_at,
@@ -410,6 +411,10 @@ def check(cfg):
     if cfg.loss == "sequence" and sequence_pad(tokenizer) is None:
         fail(f"--model={cfg.model}: its tokenizer has no token but EOS that no text contains; a "
              "sequence-level model needs one as its pad. Train a token-level one: --loss=eq4")
+    config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=False)
+    if cfg.loss == "sequence" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        fail(f"--model={cfg.model}: transformers has no ...ForSequenceClassification for "
+             f"{config.model_type}, so nobody could open it. Train a token-level one: --loss=eq4")
     return tokenizer, pairs, count, held_out
 
 def sequence_pad(tokenizer):
