@@ -16,11 +16,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           AutoTokenizer, GenerationConfig)
+from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from plumbing.cache import in_place_cache
 from plumbing.chat import template_prompt, use_template
+from plumbing.command_line import extra
 from plumbing.files import whole_characters
 from plumbing.models import check_loaded
 from plumbing.ranks import RANK, WORLD, fail
@@ -174,10 +176,8 @@ def setup(dtype="auto"):
 def my_micro_batches(rows, lengths, micro_batch):
     """This rank's micro-batches of an optimizer batch, as lists of rows. lengths[row]: its tokens.
     The rows are sorted by length and dealt in snake order, so that no rank gets all the long ones:
-
         row, by length   0 1  2 3  4 5  6 7
         rank             1 0  0 1  1 0  0 1      with two ranks; two rows make a turn
-
     All ranks get equally many lists. For an empty one, run any row with weight 0, for FSDP."""
     order = sorted(rows, key=lambda row: (lengths[row], row))
     turns = math.ceil(len(order) / WORLD)
@@ -277,8 +277,7 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def pack(prompts, responses, device):
-    """Lists of ids -> ids [B, S], mask [B, S], response_mask [B, T]. Rows are right-aligned, so
-    only the last T + 1 columns need logits. response_mask is left-aligned, as after to_left():
+    """Lists of ids -> ids, mask [B, S], right-aligned, and response_mask [B, T], left-aligned:
         prompts    responses          ids, S = 5       response_mask, T = 3
         [1 2]      [6 7 8]      ->    1 2 6 7 8        1 1 1
         [3 4 5]    [9]                . 3 4 5 9        1 0 0        (. is padding)"""
@@ -290,35 +289,39 @@ def pack(prompts, responses, device):
     mask = torch.arange(S, device=device) >= S - row_lengths                               # [B, S]
     return ids, mask, torch.arange(T, device=device) < response_lengths                    # [B, T]
 
-def to_left(x, response_mask):
-    """The last T columns of right-aligned rows -> left-aligned, 0 after the last token, [B, T]:
-        x          response_mask      result
-        6 7 8      1 1 1        ->    6 7 8
-        4 5 9      1 0 0              9 0 0"""
-    T = response_mask.shape[1]
-    lengths = response_mask.sum(1, keepdim=True)                                           # [B, 1]
-    columns = torch.arange(T, device=x.device) + T - lengths                               # [B, T]
-    return x.gather(1, columns.clamp(max=T - 1)).masked_fill(~response_mask, 0)
-
-def forward(model, ids, mask, **options):
-    """The outputs of left-padded rows [B, S, ...]; position 0 is the first real token"""
+def forward(model, ids, mask, response_mask, *, before, **options):
+    """The outputs at the response tokens of left-padded rows, or one token before: [tokens, V] or
+    [tokens, 1], row by row. Position 0 is a row's first real token."""
+    read = F.pad(response_mask.flip(1), (ids.shape[1] - response_mask.shape[1], 0))        # [B, S]
+    read = read.roll(-1, 1) if before else read
+    joined = extra("joined")  # None where extras/ was deleted: then the padding is computed, too
+    if joined and joined.is_exact(model):
+        return joined.forward(model, ids, mask, read)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                 **options).logits
+    outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                    **options).logits
+    return outputs[read[:, -outputs.shape[1]:]]
+
+def logprobs_of(ids, logits, temperature):
+    """log pi [N] of ids [N] from logits [N, V], in float32"""
+    scores = upcast(logits) if temperature == 1 else upcast(logits) / temperature
+    return -F.cross_entropy(scores, ids, reduction="none")
 
 def token_logprobs(model, ids, mask, response_mask, temperature=1.0):
     """log pi(a_t | s_t) [B, T], Section 2.2: from the logits one position before a_t. All ranks."""
-    B, T = response_mask.shape
-    logits = upcast(forward(model, ids, mask, logits_to_keep=T + 1)[:, :-1]) / temperature
-    logprobs = -F.cross_entropy(logits.flatten(0, 1), ids[:, -T:].flatten(), reduction="none")
-    return to_left(logprobs.view(B, T), response_mask)
+    T = response_mask.shape[1]
+    logits = forward(model, ids, mask, response_mask, before=True, logits_to_keep=T + 1)
+    response_ids = ids[:, -T:][response_mask.flip(1)]
+    parts = []  # the backward computes each again: there is no float32 copy of all logits
+    for part in zip(response_ids.split(128), logits.split(128)):
+        parts.append(checkpoint(logprobs_of, *part, temperature, use_reentrant=False))
+    logprobs = torch.cat(parts)
+    return logprobs.new_zeros(response_mask.shape).masked_scatter(response_mask, logprobs)
 
 def token_heads(model, ids, mask, response_mask, *, before=False):
     """Head outputs [B, T]: r_t of Section 2.2, at a_t; before: V(s_t), one earlier. All ranks."""
-    T = response_mask.shape[1]
-    heads = upcast(forward(model, ids, mask)[..., 0])                                      # [B, S]
-    heads = heads[:, -T - 1:-1] if before else heads[:, -T:]                               # [B, T]
-    return to_left(heads, response_mask)
+    heads = upcast(forward(model, ids, mask, response_mask, before=before)[:, 0])
+    return heads.new_zeros(response_mask.shape).masked_scatter(response_mask, heads)
 
 # ---------------------------------------------------------------- what a reward model says
 
@@ -381,7 +384,6 @@ def generate(model, prompt_ids, prompt_mask, *, max_new_tokens, eos_id, temperat
     ValueError in train mode.
     uniforms [B, max_new_tokens] in [0, 1): one random number per token; None: torch draws them.
     Finished rows are removed from the batch, and rows from the end fill their slots:
-
         slot     0 1 2 3 4
         alive    y n y n y       two rows have ended, left = 3
         holes      1             finished slots among the first 3

@@ -131,7 +131,6 @@ def shape_rewards(rewards, logprobs, ref_logprobs, mask, *, level, kl_coef, rewa
 
 def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation, Section 2.2 -> advantages, returns = A + V, [B, T] each.
-
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lam A_{t+1}. The value after
     the last real token is 0, also if the response was cut: the length limit is part of the task.
     gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where both answers are in a
@@ -315,8 +314,7 @@ def update(models, optimizer, rollout, cfg, step, lr, device):
     all_tokens = cfg.ppo_epochs * sum(map(len, rollout["responses"]))
     means = total(torch.stack(list(sums.values()))) / all_tokens  # all ranks
     stats = dict(zip(sums, means.tolist()))
-    stats["first_ratio_error"] = first_ratio_error
-    stats["grad_norm"] = sum(norms) / len(norms)
+    stats |= dict(first_ratio_error=first_ratio_error, grad_norm=sum(norms) / len(norms))
     return stats
 
 # ---------------------------------------------------------------- the stage

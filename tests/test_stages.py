@@ -325,7 +325,7 @@ def load_model(*args, **options):
     # first
     def count(module, _, given):
         mask = given["attention_mask"]
-        if mask.dim() == 4:
+        if mask.dim() == 4 and mask.numel() > 1:
             key = "pairs" + ("+grad" if torch.is_grad_enabled() else "")
             fed[key] = fed.get(key, 0) + int(mask[:, 0, :, 0].sum())
             if ranks.WORLD > 1 and not shares:

@@ -110,6 +110,8 @@ def run(args, stage, size, lengths):
     finally:
         for child in children:
             child.end()
+    steps = {child.name: child.steps for child in children}
+    (folder / "steps.json").write_text(json.dumps(steps, indent=1))
     return floor, children[1:]
 
 

@@ -15,13 +15,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import flops, world
 
-CHANNEL = os.fdopen(os.dup(1), "w")  # to bench.py; what the trainers print goes to stderr
+CHANNEL = []  # the file to bench.py
 COMPUTED = {}  # phase -> tokens that a model was given in this step
 MARKS = []  # [phase, wall seconds, CPU seconds] at the beginning of each phase of this step
 
 
 def tell(**message):
-    print(json.dumps(message), file=CHANNEL, flush=True)
+    print(json.dumps(message), file=CHANNEL[0], flush=True)
 
 
 def wait():
@@ -282,7 +282,8 @@ CHILDREN = dict(ppo=ppo_child, trl=trl_child, sft=sft_child, reward_model=reward
 def main(kind, cfg):
     size = world.SIZES[cfg["size"]]
     lengths = world.response_lengths(cfg["lengths"], size.rows)
-    os.dup2(2, 1)
+    CHANNEL.append(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)  # what the trainers print
     sys.argv = [f"{kind}.py"]
     if kind == "floor":
         world.make(cfg["world"], size, cfg["lengths"])

@@ -39,6 +39,7 @@ def llama(hidden, intermediate, layers, heads, kv_heads):
 
 SHAPES = {"7B": llama(4096, 11008, 32, 32, 32), "13B": llama(5120, 13824, 40, 40, 40),
           "70B": llama(8192, 28672, 80, 64, 8)}
+PART = 128  # tokens whose log-probs common.token_logprobs computes at a time
 RESERVE = 0.12  # of the GPU, for what is not counted
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "kv_cache")
 
@@ -100,8 +101,9 @@ def forward_memory(m, ranks, B, S, T, c, *, held, head):
     inside = dict(weights=shards + c * m.root + 2 * c * m.layer,
                   activations=forward_activations(m, B, S, c))
     moments = [gather, inside]
-    if head == "logits":  # float32: logits and log-softmax
-        moments.append(dict(weights=shards + c * m.root, logits=8 * B * T * m.V))
+    if head == "logits":  # all of them, and of a part their float32 copy and its log-softmax
+        logits = (c * B * T + 8 * min(B * T, PART)) * m.V
+        moments.append(dict(weights=shards + c * m.root, logits=logits))
     return largest_moment(*moments)
 
 
@@ -121,8 +123,8 @@ def update_memory(m, ranks, B, S, T, c, *, checkpointing, head):
         backward["activations"] += inside
         backward["gradients"] += 4 * m.layer
 
-    # The loss, in float32: log-softmax and two gradients.
-    logits = 12 * B * T * m.V if head == "logits" else 0
+    # The loss: all logits and their gradient; of a part log-softmax and two gradients in float32.
+    logits = (2 * c * B * T + 12 * min(B * T, PART)) * m.V if head == "logits" else 0
     loss = dict(weights=shards + c * m.root, gradients=gradients,
                 activations=kept + 4 * B * S * m.h * c, logits=logits)
 

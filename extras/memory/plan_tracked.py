@@ -17,11 +17,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           LlamaConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
+from extras import joined
 from extras.memory import plan
 from plumbing.cache import in_place_cache
 
@@ -55,6 +57,22 @@ def ones(B, S, T):
     mask = torch.ones(B, S, dtype=torch.bool)
     response_mask = torch.ones(B, T, dtype=torch.bool)
     return ids, mask, response_mask
+
+
+def full_rows(model, B, S, T):
+    """What common.token_logprobs or token_heads gives for full rows, laid end to end, [B T]. Theirs
+    find the real tokens with nonzero(), which fake tensors do not have."""
+    read = (torch.arange(B)[:, None] * S + torch.arange(S - T - 1, S - 1)).flatten()
+    is_head = hasattr(model, "score")
+    keep = {} if is_head else dict(logits_to_keep=read)
+    ids = torch.ones(1, B * S, dtype=torch.long)
+    outputs = joined.run(model, ids, torch.arange(S).repeat(B)[None], [S] * B, **keep)
+    if is_head:
+        return common.upcast(outputs[read, 0])
+    parts = []
+    for part in zip(torch.ones_like(read).split(128), outputs.split(128)):
+        parts.append(checkpoint(common.logprobs_of, *part, 1.0, use_reentrant=False))
+    return torch.cat(parts)
 
 
 def gather_all(model):
@@ -115,28 +133,26 @@ def tracked(config, *, ranks, rollout, score, micro, P, T, checkpointing):
     config.classifier_dropout = 0.0
     S = P + T
 
-    def score_and_update(name, Auto, per_token, rows, *, frozen):
-        """per_token: the function of common.py that scores, (model, ids, mask, response_mask)"""
+    def score_and_update(name, Auto, rows, *, frozen):
         model = sharded(Auto, config, mesh, frozen=frozen)
 
         def score_rows(tracker):
-            per_token(model, *ones(rows, S, T))
+            full_rows(model, rows, S, T)
         with torch.no_grad():
             peaks[f"score {name}"] = peak_of(model, score_rows)
         model = sharded(Auto, config, mesh, checkpointing=checkpointing)
 
         def update_twice(tracker):  # the second time the gradients of the first exist
             for _ in range(2):
-                per_token(model, *ones(micro, S, T)).sum().backward()
+                full_rows(model, micro, S, T).sum().backward()
                 tracker.reset_mod_stats()
         peaks[f"update {name}"] = peak_of(model, update_twice)
 
     peaks = {}
     with FakeTensorMode():
         peaks["rollout"] = rollout_peak(config, mesh, rollout, P, T)
-        score_and_update("policy", AutoModelForCausalLM, common.token_logprobs, micro, frozen=False)
-        score_and_update("value", AutoModelForTokenClassification, common.token_heads, score,
-                         frozen=True)
+        score_and_update("policy", AutoModelForCausalLM, micro, frozen=False)
+        score_and_update("value", AutoModelForTokenClassification, score, frozen=True)
     dist.destroy_process_group()
     return peaks
 

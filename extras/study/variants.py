@@ -56,8 +56,8 @@ def plus_state(model, ids, mask, response_mask, *, before=False):
     coin = torch.Generator().manual_seed(0)
     b = B * (2 * torch.randint(2, (model.config.vocab_size,), generator=coin) - 1)  # [V]
     T = response_mask.shape[1]
-    last_tokens = ids[:, -T - 1:-1]                                                 # [B, T]
-    return heads + common.to_left(b.to(heads)[last_tokens], response_mask)
+    last_tokens = ids[:, -T - 1:-1][response_mask.flip(1)]                          # [tokens]
+    return heads.masked_scatter(response_mask, heads[response_mask] + b.to(heads)[last_tokens])
 
 
 # (name, stage): the function of the stage's module that is replaced, and what replaces it.
