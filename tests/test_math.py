@@ -747,8 +747,8 @@ def test_training_is_adam_on_the_mean_loss_of_the_batch(
         prompt, w, l, _, _ = pair
         return len(prompt) + max(len(w), len(l)) <= 22
 
-    pairs = [pair for pair in read(cfg.data) if fits(pair)]
-    assert 14 < len(pairs) < len(list(read(cfg.data))), "some pairs must be too long"
+    pairs = [pair for pair in read(*cfg.data) if fits(pair)]
+    assert 14 < len(pairs) < len(list(read(*cfg.data))), "some pairs must be too long"
 
     # The same model and optimizer, made by plain transformers and torch.
     config = LlamaConfig.from_pretrained(world / "sft")

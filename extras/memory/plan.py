@@ -111,7 +111,7 @@ def update_memory(m, ranks, B, S, T, c, *, checkpointing, head):
     """Forward and backward of a micro-batch; the gradients of earlier ones exist"""
     shards = 4 * m.params / ranks
     gradients = 4 * m.params / ranks
-    inside = B * S * (4 * m.i + 12 * m.h) * c + B * S * S * c  # what a layer keeps for its backward
+    inside = B * S * (4 * m.i + 13 * m.h) * c  # what a layer keeps for its backward
     kept = m.layers * (B * S * m.h * c if checkpointing else inside)
 
     # Backward of a layer: its weights and the next one's, which is being gathered.
