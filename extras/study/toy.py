@@ -355,11 +355,11 @@ def grid():
 # What the grid chose: an arm's reward model, level, share of the KL, flags. The table is in
 # EXPERIMENTS.md.
 CHOSEN = {
-    "rlhf": ("rm_original", "sequence", 0.04, ()),
-    "sequence": ("rm_edited", "sequence", 0.02, ()),
-    "gamma1": ("rm_token", "token", 0.04, ()),
-    "gamma05": ("rm_token", "token", 0.04, ("--gamma=0.5",)),
-    "gamma0": ("rm_token", "token", 0.04, ("--gamma=0",)),
+    "rlhf": ("rm_original", "sequence", 0.08, ("--lam=0.98",)),
+    "sequence": ("rm_edited", "sequence", 0.01, ("--lam=0.95",)),
+    "gamma1": ("rm_token", "token", 0.04, ("--reward_scale=mean",)),
+    "gamma05": ("rm_token", "token", 0.02, ("--gamma=0.5",)),
+    "gamma0": ("rm_token", "token", 0.02, ("--gamma=0",)),
 }
 REPORTED_STEPS = 100
 

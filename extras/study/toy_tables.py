@@ -88,7 +88,7 @@ def seeds_of(rows):
 # ---------------------------------------------------------------- the tables
 
 def grid_table(found):
-    """Each arm's 12 cells; the best of each way of credit's row is bold"""
+    """Each arm's 12 cells; the best share of each way of credit is bold"""
     rows = []
     for arm, credits in (("rlhf", ("lam1", "lam98", "lam95")),
                          ("sequence", ("lam1", "lam98", "lam95")),
@@ -304,7 +304,9 @@ WITHOUT_RL = [("SFT", "medium", "data_sft"), ("SFT on the edited answers", "medi
 
 def sections(found):
     """(title, table) of all that is finished"""
-    made = [("Settings: each arm's grid (seeds 100 to 105)", grid_table(found)),
+    grid = [cells for (_, name), cells in found.items() if name.startswith("grid_")]
+    finished = set.intersection(*map(set, grid)) if grid else {}
+    made = [(f"Settings: each arm's grid (seeds {seeds_of(finished)})", grid_table(found)),
             ("How many steps (seeds 100 to 102)", lengths_table(found)),
             ("(a) Horizons", horizons_table(found)),
             ("(b) Without RL", simple_table(found, "policy", WITHOUT_RL)),
