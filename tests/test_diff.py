@@ -1,5 +1,5 @@
 """diff.py against brute force, and what a person sees of it: pytest tests/test_diff.py"""
-import functools, json, random, time, tracemalloc
+import functools, json, random, re, time, tracemalloc
 from html.parser import HTMLParser
 
 import pytest
@@ -327,6 +327,9 @@ def test_show_writes_a_page_that_holds_both_answers_as_text(world, tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "\x1b" not in page
     assert "://" not in page
+
+    # The headline says how much changed; the id is small.
+    assert re.search(r"<h2>row \d · \d+% changed <small>\d</small></h2>", page)
 
     # The text of the original is all but what was inserted; that of the edited one likewise.
     text = Text(page)

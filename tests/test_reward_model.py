@@ -232,9 +232,7 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
     page = tmp_path / "page.html"
     show_rewards.main([*flags, f"--html={page}"])
     text = Text(page.read_text(encoding="utf-8"))
-    tokens = "".join(
-        data for tag, data in text.spans if tag == "span" and data not in ("bad", "good")
-    )
+    tokens = "".join(data for tag, data in text.spans if tag in ("span", "div"))
     assert (
         "script" not in text.tags
         and "apple↵\nbear<script></s>" in tokens
@@ -243,6 +241,45 @@ def test_show_paints_tokens_in_the_terminal_and_in_a_page(world, tmp_path, capsy
     )
     assert any(tag == "b" and data == "List <b>four</b> fruits." for tag, data in text.spans)
     assert page.read_text().count('class="changed"') >= 2 and "://" not in page.read_text()
+
+
+def test_show_writes_the_numbers_of_its_page(world, tmp_path, capsys):
+    """--json: r_t and R of every answer. The page has the same r_t, on one scale for all rows, and
+    the strongest have their number. A file of somebody else is not replaced."""
+    files.write_jsonl(tmp_path / "edits.jsonl", ROWS)
+    flags = [f"--model={world}/rm", f"{tmp_path}/edits.jsonl"]
+    path = tmp_path / "painted.json"
+    page = tmp_path / "page.html"
+    show_rewards.main([*flags, f"--json={path}", f"--html={page}"])
+    assert "R = " not in capsys.readouterr().out
+    numbers = json.loads(path.read_text())
+    assert numbers["level"] == "token" and numbers["reward_model"] == f"{world}/rm"
+    answers = [answer for row in numbers["rows"] for answer in row["answers"]]
+    assert [answer["field"] for answer in answers] == ["original", "edited"] * 2
+    assert [answer["text"] for answer in answers] == ["apple\nbear<script>", "apple\npear",
+                                                      "tea\x1b[2J", "milk"]
+    rewards = []
+    for answer in answers:
+        mean = sum(answer["rewards"]) / len(answer["rewards"])
+        assert answer["R"] == pytest.approx(mean, abs=1e-5)
+        assert "".join(answer["tokens"]).startswith(answer["text"])
+        rewards += answer["rewards"]
+
+    text = page.read_text()
+    assert re.findall(r'title="([-+][\d.]+)"', text) == [f"{r:+.3f}" for r in rewards]
+    largest = max(map(abs, rewards))
+    shades = re.findall(r'style="background:rgb\(var\(--\w+\) / ([\d.]+)\)"', text)
+    expected = [0.75 * (abs(r) / largest) ** 0.5 for r in rewards]
+    assert [float(shade) for shade in shades] == pytest.approx(expected, abs=0.006)
+    strong = [f"{r:+.1f}" for r in rewards if abs(r) > largest / 2]
+    assert re.findall(r'data-r="(.*?)"', text) == strong
+    assert "<h2>row 1 <small>&lt;1&gt;</small></h2>" in text
+
+    show_rewards.main([*flags, f"--json={path}"])
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        show_rewards.main([*flags, f"--json={path}"])
+    assert "is no file of show's" in capsys.readouterr().err and path.read_text() == "{}"
 
 
 def test_show_pairs_answers_by_their_question(world, tmp_path, capsys):

@@ -108,24 +108,26 @@ def spaced_words(line):
 # ---------------------------------------------------------------- the pairs
 
 def pairs_to_show(cfg, rows, tokenizer):
-    """The first n rows whose answers are not too long -> list of (row, what both_sides returns)"""
+    """rows: (number, row). The first n whose answers are not too long -> list of (row, what
+    both_sides returns)"""
     found = []
     too_long = 0
-    for row in rows:
+    for number, row in rows:
         if len(found) == cfg.n:
             break
         pair, why = diff_row(row, tokenizer, max_tokens=cfg.max_tokens)
         if why == "too long":
             too_long += 1
         else:
-            found.append((row, both_sides(row, pair, tokenizer, cfg.gaps)))
+            found.append((row, both_sides(number, pair, tokenizer, cfg.gaps)))
     if too_long:
         say(f"{too_long} pairs longer than --max_tokens={cfg.max_tokens} are not shown")
     return found
 
 
-def both_sides(row, pair, tokenizer, gaps):
-    """A row of edits.jsonl and its diff_row() -> its title, and the five arguments of segments()"""
+def both_sides(number, pair, tokenizer, gaps):
+    """The number of a row of edits.jsonl and its diff_row() -> its title, and the five arguments of
+    segments()"""
     original_ids = pair["original_ids"]
     edited_ids = pair["edited_ids"]
     masks = align(original_ids, edited_ids, gaps=gaps)
@@ -140,7 +142,7 @@ def both_sides(row, pair, tokenizer, gaps):
             if masks[0][i] or masks[1][j]:
                 blamed.add(i)
 
-    title = f"{row.get('id', '')}  ({changed_share(*masks):.0%} of the tokens changed)"
+    title = f"row {number} · {changed_share(*masks):.0%} changed"
     original_texts = token_texts(tokenizer, original_ids)
     edited_texts = token_texts(tokenizer, edited_ids)
     return title, (original_texts, pair["original_changed"], edited_texts, pair["edited_changed"],
@@ -161,8 +163,9 @@ def show_pairs(cfg):
     check_model(cfg.tokenizer, "tokenizer", "python sft.py", weights=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
     rows = read_jsonl(cfg.data, EDIT_FIELDS)
-    rows = [row for row in rows if row["edited"] not in (None, row["original"])]
-    pairs = pairs_to_show(cfg, rows, tokenizer)
+    changed = [(number, row) for number, row in enumerate(rows, 1)
+               if row["edited"] not in (None, row["original"])]
+    pairs = pairs_to_show(cfg, changed, tokenizer)
     if cfg.html:
         diff_page(cfg, pairs)
     else:
@@ -173,7 +176,7 @@ def print_pairs(pairs):
     width = get_terminal_size().columns
     color = in_colour()
     for row, (title, (*sides, blamed)) in pairs:
-        print(f"\n{plain(title)}  {plain(row['instruction'])}")
+        print(f"\n{title} · {plain(row['instruction'])}")
         print(draw(*sides, blamed=blamed, width=width, color=color))
 
 
@@ -189,9 +192,10 @@ def diff_page(cfg, pairs):
                 shown = f"<{tags[kind]}>{shown}</{tags[kind]}>"
             parts.append(shown)
             has_gaps = has_gaps or kind == "~"
-        sections.append((title, f"{question_html(row)}<p class=text>{''.join(parts)}</p>"))
+        content = f"{question_html(row)}<p class=text>{''.join(parts)}</p>"
+        sections.append((title, row.get("id", ""), content))
 
-    legend = "<del>removed</del> <ins>added</ins>, the rest unchanged"
+    legend = "<del>removed</del> <ins>added</ins>, the rest unchanged; changed: share of the tokens"
     if has_gaps:
         legend += "; <mark>unchanged, but in U_1 because of a gap</mark>"
     title = f"What the edits changed: {cfg.data}"

@@ -2,10 +2,14 @@
 
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of one or two files
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page
+    python reward_model.py show --model=out/rm a.jsonl,b.jsonl --n=20 --json=out/painted.json
+
+evaluate.py report shows one prompt before and after PPO, from a painted.json next to the runs.
 """
 if __name__ == "__main__":
     raise SystemExit("show_rewards.py is a part of: python reward_model.py show")
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +18,26 @@ import torch
 from common import (encode_prompt, encode_response, load_model, load_tokenizer, pack, reward_level,
                     setup, token_heads, total_rewards)
 from diff import align
-from extras.pages import heat, question_html, safe, write_show_page
+from extras.pages import heat, is_ours, question_html, safe, write_show_page
 from extras.tokens import token_texts
 from plumbing.command_line import load_config
-from plumbing.files import ANY, COUNT, check_input, check_numbers, read_jsonl
+from plumbing.files import (ANY, COUNT, check_input, check_numbers, read_jsonl, replacing,
+                            whole_characters)
 from plumbing.models import check_fits, check_model
 from plumbing.paint import paint, plain
-from plumbing.ranks import fail
+from plumbing.ranks import fail, say
 
 NAMES = ("output", "original", "edited")  # the fields of a row that hold an answer
+MADE_BY = "reward_model.py show"          # how a file of --json begins
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "out/rm"
-    data: list[str] = ()            # one or two files of answers: outputs.jsonl or edits.jsonl
+    data: list[str] = ()            # files of answers: outputs.jsonl or edits.jsonl
     n: int = 3                      # rows
     html: str | None = None         # a page to write, instead of the terminal
+    json: str | None = None         # the same as numbers, instead of the terminal
     seed: int = 0                   # unused; every stage has one
     overwrite: bool = False         # replace a file that is no page of ours
 
@@ -54,8 +61,9 @@ def rows_about(files, number):
 
 
 def score_answers(model, level, tokenizer, path, row, device):
-    """The answers of a row -> list of (title, R, texts of the tokens, r_t, changed: 0/1 or None).
-    Empty if the model has no prompt for the row: its text holds a special token"""
+    """The answers of a row -> list of dicts: file, field, text, R, tokens, rewards (r_t), changed
+    (0/1 per token, or None). Empty if the model has no prompt for the row: its text holds a special
+    token"""
     ids = {}
     for name in NAMES:
         if row.get(name):
@@ -74,17 +82,25 @@ def score_answers(model, level, tokenizer, path, row, device):
         response_mask = packed[2]  # [1, T]
         r = token_heads(model, *packed)  # [1, T]; a sequence model's r_t score the prefixes
         R = total_rewards(r, response_mask, level).item()
-        title = f"{Path(path).parent.name}/{Path(path).name}"
-        if name != "output":
-            title += f" {name}"
-        texts = token_texts(tokenizer, answer)
-        answers.append((title, R, texts, r[0].tolist(), changed.get(name)))
+        answers.append(dict(file=str(path), field=name, text=row[name], R=R,
+                            tokens=token_texts(tokenizer, answer), rewards=r[0].tolist(),
+                            changed=changed.get(name)))
     return answers
 
 
-def largest_reward(answers):
-    """The largest |r_t| in the answers of score_answers(), which has the deepest colour"""
-    sizes = [abs(r) for _, _, _, rewards, _ in answers for r in rewards]
+def title_of(answer):
+    """run/outputs.jsonl, and the field where a file has more than one"""
+    path = Path(answer["file"])
+    title = f"{path.parent.name}/{path.name}"
+    return title if answer["field"] == "output" else f"{title} {answer['field']}"
+
+
+def largest_reward(scored):
+    """The largest |r_t| of all rows, which has the deepest colour: so the rows compare"""
+    sizes = []
+    for _, answers in scored:
+        for answer in answers:
+            sizes += map(abs, answer["rewards"])
     return max(sizes, default=0) or 1.0
 
 
@@ -100,7 +116,10 @@ def show_answers(cfg):
     level = reward_level(cfg.model)
     check_numbers(cfg, n=COUNT, seed=ANY)
     if not cfg.data:
-        fail("show needs one or two files of answers")
+        fail("show needs files of answers")
+    if cfg.json and not cfg.overwrite and not is_ours(cfg.json, f'"made_by": "{MADE_BY}"'):
+        fail(f"--json={cfg.json} is no file of show's; choose another, or replace it with "
+             "--overwrite=true")
     for path in cfg.data:
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
     fields = {"instruction": str, "input": (str, type(None))}
@@ -123,36 +142,54 @@ def show_answers(cfg):
 
     if cfg.html:
         rewards_page(cfg, scored)
-    else:
+    if cfg.json:
+        write_numbers(cfg, scored, level)
+    if not cfg.html and not cfg.json:
         print_rewards(scored)
 
 
 def print_rewards(scored):
     """scored: [(row, its score_answers())]"""
+    scale = largest_reward(scored)
     for row, answers in scored:
         print(f"\n{plain(row['instruction'])}  {plain(row.get('input') or '')}")
-        scale = largest_reward(answers)
-        for title, R, texts, rewards, _ in answers:
-            print(f"{title}: R = {R:+.3f}\n  {paint(texts, rewards, scale)}")
+        for answer in answers:
+            painted = paint(answer["tokens"], answer["rewards"], scale)
+            print(f"{title_of(answer)}: R = {answer['R']:+.3f}\n  {painted}")
 
 
 def rewards_page(cfg, scored):
     """The same as a page; tokens that the edit changed are underlined"""
     sections = []
+    scale = largest_reward(scored)
     for number, (row, answers) in enumerate(scored, 1):
-        scale = largest_reward(answers)
         painted = []
-        for title, R, texts, rewards, changed in answers:
-            heading = f"<h3>{safe(title)} <span class=quiet>R = {R:+.3f}</span></h3>"
-            painted.append(f"<div>{heading}{heat(texts, rewards, scale, changed)}</div>")
-        heading = f"{row.get('id') or number}  (deepest colour: {scale:.2f})"
+        for answer in answers:
+            heading = f"{safe(title_of(answer))} <span class=quiet>R = {answer['R']:+.3f}</span>"
+            shown = heat(answer["tokens"], answer["rewards"], scale, answer["changed"],
+                         numbers=True)
+            painted.append(f"<div><h3>{heading}</h3>{shown}</div>")
         side_by_side = f"<div class=pair>{''.join(painted)}</div>"
-        sections.append((heading, question_html(row) + side_by_side))
-    legend = ("<span style='background:rgb(var(--bad) / .6)'>bad</span> "
-              "<span style='background:rgb(var(--good) / .6)'>good</span>, each row on its own "
-              "scale; underlined: changed by the edit. Point at a token for its r.")
+        sections.append((f"row {number}", row.get("id", ""), question_html(row) + side_by_side))
+    legend = ("<mark class=bad>bad</mark> <mark class=good>good</mark>; deeper is stronger, on one "
+              f"scale for the page: deepest at {scale:.2f}. The strongest have their number; point "
+              "at another token for its r.")
+    if any(answer["changed"] for _, answers in scored for answer in answers):
+        legend += " Underlined: changed by the edit."
     title = f"What each token is worth to {cfg.model}"
     write_show_page(cfg.html, title, legend, sections, cfg.overwrite)
+
+
+def write_numbers(cfg, scored, level):
+    """The same as JSON: made_by, reward_model, its level, and of each row its answers"""
+    rows = []
+    for row, answers in scored:
+        rows.append(dict(instruction=row["instruction"], input=row.get("input") or "",
+                         answers=answers))
+    numbers = dict(made_by=MADE_BY, reward_model=cfg.model, level=level, rows=rows)
+    with replacing(cfg.json) as file:
+        file.write(whole_characters(json.dumps(numbers, ensure_ascii=False) + "\n"))
+    say(f"{cfg.json}: {len(rows)} {'row' if len(rows) == 1 else 'rows'}")
 
 
 def main(argv):
