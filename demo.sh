@@ -131,6 +131,8 @@ title "one answer before and after, its tokens by reward: red is bad, green is g
     --data="$OUT/sft/outputs.jsonl,$OUT/ppo_gamma0/outputs.jsonl"
 
 
-title "the paper's tables, in miniature"
+title "the report: what came out, the paper's tables in miniature"
+"$PYTHON" reward_model.py show "${A[@]}" --model="$OUT/rm_token" --n=20 \
+    --json="$OUT/painted.json" "$OUT"/sft/outputs.jsonl "$OUT"/ppo_*/outputs.jsonl
 "$PYTHON" evaluate.py report "${A[@]}" --data="$OUT" --out="$OUT/report.html"
 title "done: open $OUT/report.html"

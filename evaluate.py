@@ -952,7 +952,7 @@ def figures_of_tokens(cfg, pairs, r_w, r_l, tokenizer):
 @dataclass(frozen=True)
 class ReportConfig:
     data: list[str] = ()                        # run folders, or folders that hold them, one a seed
-    out: str = "out/report.html"                # report.md, the tables alone, is written next to it
+    out: str = "out/report.html"                # next to it: report.md, report.json, report/*.svg
     target: float | None = None                 # Table 3: also steps and hours to this win rate (%)
     markdown: bool = False                      # print the tables as Markdown, not as text
     seed: int = 0                               # the bootstrap's draws
@@ -960,7 +960,7 @@ class ReportConfig:
 
 def report(cfg):
     check_numbers(cfg, target=(0, 100), seed=ANY)
-    extra("report.tables", "evaluate.py report").write_report(cfg)
+    extra("report.write", "evaluate.py report").write_report(cfg)
 
 # ---------------------------------------------------------------- ask
 

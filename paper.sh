@@ -187,6 +187,8 @@ done <<< "$BEST"
 verdicts "$D/eval.jsonl" "${CHOSEN[@]}"
 
 
-title "the paper's tables"
+title "the report: what came out, the paper's tables"
+stage paint reward_model.py show "${A[@]}" --model="$OUT/rm_token" --n=20 \
+    --json="$OUT/painted.json" "$OUT"/sft/outputs.jsonl "$OUT"/ppo_*/outputs.jsonl
 "$PYTHON" evaluate.py report "${A[@]}" --data="$OUT" --out="$OUT/report.html"
 title "done: open $OUT/report.html"

@@ -1,4 +1,4 @@
-"""The page of `python evaluate.py report`: figures as inline SVG, tokens painted by reward, and
+"""The page of `python evaluate.py report`: what came out, the plots, tokens painted by reward, and
 where each number comes from.
 
 No script, nothing loaded, light and dark. All text that a model or a person wrote goes through
@@ -9,161 +9,88 @@ if __name__ == "__main__":
 import json, math, statistics
 
 from evaluate import mean_and_error
-from extras.pages import document, heat, safe
-from extras.report.arms import (FINE, GAMMA_0, RLHF, RM_FINE, RM_RLHF, RM_TOKEN, TOKEN, arms,
-                                as_html, checkpoints, pm)
+from extras.pages import document, safe
+from extras.report.arms import (FINE, GAMMA_0, RLHF, RM_FINE, RM_RLHF, RM_TOKEN, SFT, TOKEN, arms,
+                                as_html, checkpoints, larger_error, pm)
+from extras.report.painted import before_and_after, heatmaps
+from extras.report.plots import MARK, SHORT, Plot, colours, legend, mean_of_5
 from plumbing.record import record_of
-
-MARK = "<!-- the report of evaluate.py -->"
-COLOURS = {TOKEN: 0, FINE: 1, RLHF: 2, GAMMA_0: 3, RM_TOKEN: 0, RM_FINE: 1, RM_RLHF: 2}
-
-
-# ---------------------------------------------------------------- figures: inline SVG
-
-def ticks(low, high, count=4):
-    """Round numbers that cover low..high, in at most about count steps"""
-    span = (high - low) or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / count))
-    for factor in (1, 2, 2.5, 5, 10):
-        if span / (factor * step) <= count:
-            step *= factor
-            break
-    first = math.floor(low / step + 1e-9) * step
-    steps = math.ceil((high - first) / step - 1e-9)
-    return [first + i * step for i in range(steps + 1)]
-
-
-def short(x):
-    return f"{x:.6g}" if abs(x) < 1e4 else f"{x:.3g}"
-
-
-class Plot:
-    """Axes and what is drawn on them: data coordinates in, SVG out"""
-
-    left = 48  # margins in pixels
-    right = 14
-    top = 34
-    bottom = 40
-
-    def __init__(self, title, xlabel, xs, ys, width=500, height=250):
-        """xs, ys: all values that the axes have to cover; width, height: in pixels"""
-        self.title = title
-        self.xlabel = xlabel
-        self.width = width
-        self.height = height
-        self.x_ticks = ticks(min(xs), max(xs), 5)
-        self.y_ticks = ticks(min(ys), max(ys))
-        self.x_range = min(xs), max(xs)
-        self.y_range = self.y_ticks[0], self.y_ticks[-1]
-        self.parts = []
-
-    def at(self, x, y):
-        """Data coordinates -> pixels, from the upper left corner"""
-        x0, x1 = self.x_range
-        y0, y1 = self.y_range
-        across = (x - x0) / ((x1 - x0) or 1)
-        down = (y1 - y) / ((y1 - y0) or 1)
-        cx = self.left + across * (self.width - self.left - self.right)
-        cy = self.top + down * (self.height - self.top - self.bottom)
-        return cx, cy
-
-    def coordinates(self, xs, ys):
-        pairs = [self.at(x, y) for x, y in zip(xs, ys)]
-        return " ".join(f"{cx:.1f},{cy:.1f}" for cx, cy in pairs)
-
-    def line(self, xs, ys, colour, style=""):
-        self.parts.append(f'<polyline points="{self.coordinates(xs, ys)}" class="line {style}" '
-                          f'style="stroke:{colour}"/>')
-
-    def band(self, xs, low, high, colour):
-        outline = self.coordinates([*xs, *xs[::-1]], [*low, *high[::-1]])
-        self.parts.append(f'<polygon points="{outline}" style="fill:{colour}" class="band"/>')
-
-    def dot(self, x, y, colour, size=3.4, hollow=False, note=""):
-        cx, cy = self.at(x, y)
-        fill = "var(--page)" if hollow else colour
-        self.parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" '
-                          f'style="stroke:{colour};fill:{fill}" class="dot">'
-                          f'<title>{safe(note)}</title></circle>')
-
-    def rule(self, y, words, end=False):
-        """A dotted line across, behind everything else; end: its words are at the right end"""
-        x0, cy = self.at(self.x_range[0], y)
-        x1 = self.width - self.right
-        x = x1 if end else x0 + 5
-        side = "end" if end else ""
-        line = f'<line x1="{x0:.1f}" x2="{x1}" y1="{cy:.1f}" y2="{cy:.1f}" class="rule"/>'
-        text = f'<text x="{x:.1f}" y="{cy - 5:.1f}" class="{side}">{safe(words)}</text>'
-        self.parts.insert(0, line + text)
-
-    def grid(self):
-        """Horizontal lines with the numbers of the y axis, and the ticks of the x axis"""
-        grid = []
-        for y in self.y_ticks:
-            x0, cy = self.at(self.x_range[0], y)
-            x1 = self.width - self.right
-            grid.append(f'<line x1="{x0}" x2="{x1}" y1="{cy:.1f}" y2="{cy:.1f}" class="grid"/>')
-            grid.append(f'<text x="{x0 - 7}" y="{cy + 4:.1f}" class="end">{short(y)}</text>')
-        first, last = self.x_range
-        for x in self.x_ticks:
-            if first - 1e-9 <= x <= last + 1e-9:
-                cx, cy = self.at(x, self.y_range[0])
-                grid.append(f'<line x1="{cx:.1f}" x2="{cx:.1f}" y1="{cy:.1f}" y2="{cy + 4:.1f}" '
-                            'class="tick"/>')
-                grid.append(f'<text x="{cx:.1f}" y="{cy + 17:.1f}" class="mid">{short(x)}</text>')
-        return "".join(grid)
-
-    def svg(self):
-        title = safe(self.title)
-        middle = (self.left + self.width - self.right) / 2
-        return (f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{title}">'
-                f'<text x="0" y="14" class="title">{title}</text>{self.grid()}'
-                f'{"".join(self.parts)}'
-                f'<text x="{middle}" y="{self.height - 4}" class="mid quiet">{safe(self.xlabel)}'
-                '</text></svg>')
-
-
-def colours(labels):
-    """label -> its colour, the same in every figure. style.css sets the variables --c0 .. --c7 for
-    light and dark: 0 to 2 are the paper's arms, 3 is ours at gamma 0, 4 to 7 all others"""
-    others = [label for label in labels if label not in COLOURS]
-    numbers = {}
-    for label in labels:
-        if label in COLOURS:
-            numbers[label] = COLOURS[label]
-        else:
-            numbers[label] = 4 + others.index(label) % 4
-    return {label: f"var(--c{number})" for label, number in numbers.items()}
-
-
-def legend(groups):
-    keys = []
-    for label, colour in colours(groups).items():
-        keys.append(f'<span><i style="background:{colour}"></i>{safe(label)}</span>')
-    return f"<p class=legend>{''.join(keys)}</p>"
 
 
 # ---------------------------------------------------------------- along training
 
-def curves(runs):
-    """Win rate, reward, KL and length along training: a line per arm, seeds as bands"""
-    groups = arms(runs, "ppo")
-    paint = colours(groups)
+# name of the file -> title, y axis
+TRAINING = {"win_rate": ("Win rate against the reference", "%"),
+            "reward": ("Reward, each run on its own scale", "0: the first step, 1: the highest"),
+            "kl": ("KL from the starting policy", "nats per response"),
+            "length": ("Length of a response", "tokens")}
 
-    win_rates = win_rate_lines(groups, runs)
-    rewards = seed_lines(groups, scaled_reward)
-    kls = seed_lines(groups, metric("kl"))
-    lengths = seed_lines(groups, metric("response_length"))
-    panels = [
-        panel("Win rate, % (± standard error, or the range of seeds)", win_rates, paint, wins=True),
-        panel("Reward, each run on its own scale: 0 first, 1 highest", rewards, paint),
-        panel("KL from the starting policy, nats per response", kls, paint),
-        panel("Length of a response, tokens", lengths, paint)]
+
+def training_lines(runs):
+    """Win rate, reward, KL and length along training -> {name: seed_lines()}"""
+    groups = arms(runs, "ppo")
+    return {"win_rate": win_rate_lines(groups, runs), "reward": seed_lines(groups, scaled_reward),
+            "kl": seed_lines(groups, metric("kl")),
+            "length": seed_lines(groups, metric("response_length"))}
+
+
+def training_plots(runs):
+    """-> {name: Plot} of what there is. All have the same steps on their x axis"""
+    paint = colours(arms(runs, "ppo"))
+    lines = training_lines(runs)
+    last = max((steps[-1] for found in lines.values() for steps, *_ in found.values()), default=0)
+    return {name: training_plot(name, found, paint, last) for name, found in lines.items() if found}
+
+
+def training_plot(name, lines, paint, last):
+    """lines: of seed_lines(); paint: label -> colour; last: the highest step on the x axis"""
+    title, ylabel = TRAINING[name]
+    edges = [edge for _, _, low, high in lines.values() for edge in low + high]
+    keys = [(label, paint[label]) for label in lines]
+    plot = Plot(title, "step", ylabel, [0, last], edges, right=88, keys=keys)
+
+    # The bands first, so that no band hides a line.
+    for label, (steps, _, low, high) in lines.items():
+        if low != high:
+            plot.band(steps, low, high, paint[label])
+    ends = []
+    for label, (steps, mean, low, high) in lines.items():
+        if name != "win_rate" and len(steps) >= 10:
+            if low == high:  # one seed, no band: each step, faintly
+                plot.line(steps, mean, paint[label], width=1, opacity=0.3)
+            mean = mean_of_5(mean)
+        plot.line(steps, mean, paint[label])
+        if label in SHORT:
+            ends.append((SHORT[label], mean[-1], paint[label]))
+        if name == "win_rate":
+            for step, y in zip(steps, mean):
+                plot.dot(step, y, paint[label], note=f"{label}, step {step}: {y:.1f}")
+
+    # The reference wins half of the comparisons with itself.
+    if name == "win_rate" and plot.y_range[0] <= 50 <= plot.y_range[1]:
+        plot.rule(50)
+        ends.append(("the reference", 50, "var(--quiet)"))
+    plot.name_ends(ends)
+    return plot
+
+
+def curves(runs):
+    """The plots of training_plots(), for the page"""
+    groups = arms(runs, "ppo")
+    plots = training_plots(runs)
+    panels = []
+    for name, (title, _) in TRAINING.items():
+        if name in plots:
+            panels.append(plots[name].html())
+        else:
+            panels.append(f"<p class=missing>{safe(title)}: nothing of it in these folders</p>")
 
     seeds = max((len(mine) for mine in groups.values()), default=0)
-    note = "One seed."
+    note = "One seed; the band of a win rate is its standard error, faint lines are single steps."
     if seeds > 1:
         note = f"Lines: the mean of {seeds} seeds; bands: lowest to highest."
+    note += (" Reward, KL and length: means of five steps. Dotted: the reference, which wins half "
+             "against itself.")
     if any((run["path"] / "val_annotations.jsonl").exists() for run in runs):
         note += (" Win rates are on the questions that a step was chosen on, not on those of "
                  "Table 1.")
@@ -176,15 +103,19 @@ def metric(name):
     def read(run):
         found = {}
         for row in run["metrics"]:
-            if isinstance(row.get(name), (int, float)):
+            if is_number(row.get(name)):
                 found[row["step"]] = row[name]
         return found
     return read
 
 
+def is_number(x):
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
 def scaled_reward(run):
     """{step: reward}, scaled so that the first is 0 and the highest is 1"""
-    rewards = {row["step"]: row["reward"] for row in run["metrics"] if "reward" in row}
+    rewards = metric("reward")(run)
     if not rewards:
         return {}
     first = rewards[min(rewards)]
@@ -231,70 +162,59 @@ def across_seeds(seeds):
     return steps, mean, list(map(min, columns)), list(map(max, columns))
 
 
-def panel(title, lines, paint, *, wins=False):
-    """A plot of seed_lines(). paint: label -> colour; wins: these are win rates, with a dot for
-    each judged model and a line at 50"""
-    if not lines:
-        return f"<p class=missing>{safe(title)}: nothing of it in these folders</p>"
-    all_steps = []
-    edges = []
-    for steps, _, low, high in lines.values():
-        all_steps += steps
-        edges += low + high
-    plot = Plot(title, "step", all_steps, edges)
-
-    # The bands first, so that no band hides a line.
-    for label, (steps, _, low, high) in lines.items():
-        if low != high:
-            plot.band(steps, low, high, paint[label])
-    for label, (steps, mean, _, _) in lines.items():
-        plot.line(steps, mean, paint[label])
-        if wins:
-            for step, y in zip(steps, mean):
-                plot.dot(step, y, paint[label], note=f"{label}, step {step}: {y:.1f}")
-    if wins and plot.y_range[0] <= 50 <= plot.y_range[1]:
-        plot.rule(50, "the reference")
-    return plot.svg()
-
-
 # ---------------------------------------------------------------- reward hacking
 
-def hacking(runs):
-    """The judge's win rate against the reward model's score: a panel per arm, a path per seed"""
-    groups = arms(runs, "ppo")
-    paint = colours(groups)
+def score_paths(runs):
+    """{label: score_path() of each seed}, of the arms whose models were judged along training"""
     paths = {}
-    for label, mine in groups.items():
+    for label, mine in arms(runs, "ppo").items():
         found = [score_path(run, runs) for run in mine]
         found = [path for path in found if len(path) > 1]
         if found:
             paths[label] = found
-    if not paths:
-        return ("<p class=missing>needs annotations of models kept along training (in step_N of "
-                "the runs)</p>")
+    return paths
 
-    # All panels have the same win rates on their axis.
+
+def hacking_plots(runs):
+    """The judge's win rate against the reward model's score -> {label: Plot}, a path per seed"""
+    paths = score_paths(runs)
+    paint = colours(arms(runs, "ppo"))
+
+    # All plots have the same win rates on their axis.
     rates = []
     for of_arm in paths.values():
         rates += [figures["win_rate"] for path in of_arm for _, _, figures in path]
-    panels = []
+    width = 500 if len(paths) in (2, 4) else 330
+    plots = {}
     for label, of_arm in paths.items():
-        panels.append(hacking_panel(label, of_arm, rates, paint[label]))
-    note = ("Win rate before the judge (%, the same axis in all panels) against the reward model's "
-            "score; a line per seed, from the starting policy (ring) to the last step (large dot). "
-            "Up and to the right is learning; to the right alone, or down, is a policy that fools "
-            "its reward model: said where the win rate has not risen by its standard error, or has "
-            "fallen from its best by two.")
-    return f"<div class=grid3>{''.join(panels)}</div><figcaption>{note}</figcaption>"
+        plots[label] = hacking_plot(label, of_arm, rates, paint[label], width)
+    return plots
+
+
+def hacking(runs):
+    """The plots of hacking_plots(), for the page, and what they say"""
+    plots = hacking_plots(runs)
+    if not plots:
+        return ("<p class=missing>needs annotations of models kept along training (in step_N of "
+                "the runs)</p>")
+    panels = []
+    for label, paths in score_paths(runs).items():
+        tone, figures, words = verdict(paths)
+        said = f"<p class='verdict {tone}'>{safe(figures)}<br><b>{safe(words)}</b></p>"
+        panels.append(plots[label].html(said))
+    note = ("Win rate before the judge (the same axis in all) against the reward model's score; a "
+            "line per seed, from the starting policy (ring; dotted: its win rate) to the last step "
+            "(large dot). Up and to the right is learning; to the right alone, or down, is a "
+            "policy that fools its reward model: said where the win rate has not risen by its "
+            "standard error, or has fallen from its best by two.")
+    grid = "grid2" if len(plots) in (2, 4) else "grid3"
+    return f"<div class={grid}>{''.join(panels)}</div><figcaption>{note}</figcaption>"
 
 
 def score_path(run, runs):
     """The judged models along a PPO run -> [(step, score, figures of win_rate)]. The score is the
     mean reward of the three rollout steps just before it, for the starting policy of the first"""
-    rewards = {}
-    for row in run["metrics"]:
-        if isinstance(row.get("reward"), (int, float)):
-            rewards[row["step"]] = row["reward"]
+    rewards = metric("reward")(run)
     path = []
     for step, figures in checkpoints(run, runs):
         near = [0] if step == 0 else range(step - 3, step)
@@ -304,21 +224,20 @@ def score_path(run, runs):
     return path
 
 
-def hacking_panel(label, paths, rates, colour):
+def hacking_plot(label, paths, rates, colour, width):
     """rates: the win rates that the axis has to cover"""
-    tone, figures, words = verdict(paths)
     scores = [score for path in paths for _, score, _ in path]
-    plot = Plot(label, "score by its own reward model →", scores, rates, 330, 270)
+    plot = Plot(label, "score by its own reward model →", "win rate, %", scores, rates, width=width,
+                height=270)
     left, right = plot.x_range
     pad = 0.06 * ((right - left) or 1)
     plot.x_range = left - pad, right + pad
-    start = statistics.fmean(path[0][2]["win_rate"] for path in paths)
-    plot.rule(start, "where it began", end=True)
+    plot.rule(statistics.fmean(path[0][2]["win_rate"] for path in paths))
 
     for path in paths:
         scores = [score for _, score, _ in path]
         wins = [f["win_rate"] for _, _, f in path]
-        plot.line(scores, wins, colour, "thin")
+        plot.line(scores, wins, colour, width=1.4, opacity=0.8)
         for i, (step, score, f) in enumerate(path):
             win_rate = pm(f["win_rate"], f["standard_error"])
             note = f"step {step}: score {score:.3f}, win rate {win_rate}"
@@ -328,8 +247,7 @@ def hacking_panel(label, paths, rates, colour):
             elif i == len(path) - 1:
                 size = 6
             plot.dot(score, f["win_rate"], colour, size, hollow=i == 0, note=note)
-    return (f"<div>{plot.svg()}<p class='verdict {tone}'>{safe(figures)}<br>"
-            f"<b>{safe(words)}</b></p></div>")
+    return plot
 
 
 def verdict(paths):
@@ -357,32 +275,44 @@ def verdict(paths):
 
 def gain(paths, first, last):
     """-> the points of win rate won between two places of the paths (a mean over the seeds), and
-    the standard error of that"""
-    gains = [path[last][2]["win_rate"] - path[first][2]["win_rate"] for path in paths]
+    the larger_error() of that"""
+    gains = []
+    errors = []  # of each seed: those of both win rates together
+    for path in paths:
+        before, after = path[first][2], path[last][2]
+        gains.append(after["win_rate"] - before["win_rate"])
+        errors.append(math.hypot(before["standard_error"] or 0, after["standard_error"] or 0))
     mean, error = mean_and_error(gains)
-    if error is None:  # one seed: the errors of both win rates together
-        errors = [paths[0][i][2]["standard_error"] or 0 for i in (first, last)]
-        error = math.hypot(*errors)
-    return mean, error
+    return mean, larger_error(error, errors)
 
 
 # ---------------------------------------------------------------- calibration
 
-def calibrations(runs):
-    """Do the reward models know when they are right? "" where no run has a calibration"""
+CALIBRATION = {"preferences": "Held-out pairs of the original kind",
+               "edits": "Held-out edited pairs"}
+
+
+def calibration_plots(runs):
+    """Do the reward models know when they are right? -> {kind of pairs: Plot}"""
     groups = arms(runs, "reward model")
     paint = colours(groups)
-    panels = []
-    for kind, title in (("preferences", "Held-out pairs of the original kind"),
-                        ("edits", "Held-out edited pairs")):
+    plots = {}
+    for kind, title in CALIBRATION.items():
         lines = calibration_lines(groups, kind)
         if lines:
-            panels.append(calibration_panel(f"{title}: share right", lines, paint))
+            plots[kind] = calibration_plot(title, lines, paint)
+    return plots
+
+
+def calibrations(runs):
+    """The plots of calibration_plots(), for the page; "" where no run has a calibration"""
+    panels = [plot.html() for plot in calibration_plots(runs).values()]
     if not panels:
         return ""
-    note = "On the dashed line σ(R₁ − R₂) means what it says; below it the model is too sure."
+    note = ("On the dashed line σ(|R₁ − R₂|), how sure the model is of a pair, is how often it is "
+            "right; below the line it is too sure.")
     panels = f"<div class=grid2>{''.join(panels)}</div>"
-    return f"{legend(groups)}{panels}<figcaption>{note}</figcaption>"
+    return f"{legend(arms(runs, 'reward model'))}{panels}<figcaption>{note}</figcaption>"
 
 
 def calibration_lines(groups, kind):
@@ -397,101 +327,20 @@ def calibration_lines(groups, kind):
     return lines
 
 
-def calibration_panel(title, lines, paint):
+def calibration_plot(title, lines, paint):
     accuracies = [b["accuracy"] for _, bins in lines for b in bins]
-    plot = Plot(title, "confidence σ(|R₁ − R₂|)", [0.5, 1.0], [min(0.5, *accuracies), 1.0])
-    plot.line([0.5, 1], [0.5, 1], "var(--grid)", "dashed")
+    keys = {label: paint[label] for label, _ in lines}
+    plot = Plot(title, "confidence σ(|R₁ − R₂|)", "share right", [0.5, 1.0],
+                [min(0.5, *accuracies), 1.0], keys=keys.items())
+    plot.line([0.5, 1], [0.5, 1], "var(--rule)", dashed=True)
     for label, bins in lines:
         confidences = [b["confidence"] for b in bins]
-        plot.line(confidences, [b["accuracy"] for b in bins], paint[label], "thin")
+        plot.line(confidences, [b["accuracy"] for b in bins], paint[label], width=1.4, opacity=0.8)
         for b in bins:
             right = f"{b['accuracy']:.2f} right at {b['confidence']:.2f}"
             note = f"{label}: {right} (n={b['n']})"
             plot.dot(b["confidence"], b["accuracy"], paint[label], note=note)
-    return plot.svg()
-
-
-# ---------------------------------------------------------------- tokens painted by reward
-
-def heatmaps(runs, prompts=3):
-    """Answers of all arms of one seed to the same prompts: some of the last step, one of the
-    first"""
-    groups = arms(runs, "ppo")
-    runs = [run for mine in groups.values() for run in mine if run["samples"]]
-    if not runs:
-        return "<p class=missing>no samples.jsonl in these folders</p>"
-    seed = min(run["seed"] for run in runs)
-    runs = [run for run in runs if run["seed"] == seed]
-    by_run = [samples_by_key(run) for run in runs]
-
-    # What all arms answered, in the order of the first; if there is nothing, what the first did
-    shared = set.intersection(*map(set, by_run)) or set(by_run[0])
-    in_order = [key for key in by_run[0] if key in shared]
-    first = min(step for step, _, _ in shared)
-    last = max(step for step, _, _ in shared)
-    shown = [key for key in in_order if key[0] == last][:prompts]
-    if first < last:
-        shown += [key for key in in_order if key[0] == first][:1]
-
-    blocks = []
-    for key in shown:
-        answers = []
-        for run, samples in zip(runs, by_run):
-            if key in samples:
-                answers.append(painted_answer(run, samples[key]))
-        answers = f"<div class=grid3>{''.join(answers)}</div>"
-        blocks.append(f"<div class=sample>{prompt_of(key, seed)}{answers}</div>")
-    note = ("What PPO is paid at each token, the end of the answer among them: blue for a positive "
-            "reward, red for a negative one, each arm on its own scale. Point at a token for its "
-            "number.")
-    return f"{''.join(blocks)}<figcaption>{note}</figcaption>"
-
-
-def samples_by_key(run):
-    """{(step, instruction, input): row of samples.jsonl}"""
-    found = {}
-    for sample in run["samples"]:
-        key = sample["step"], sample["instruction"], sample.get("input") or ""
-        found[key] = sample
-    return found
-
-
-def prompt_of(key, seed):
-    step, instruction, more = key
-    shown = f"<b>{safe(instruction)}</b>"
-    if more:
-        shown += f"<br><span class=quiet>{safe(more)}</span>"
-    return f"<p>{shown} <span class=quiet>step {step}, {safe(seed)}</span></p>"
-
-
-def painted_answer(run, sample):
-    """One answer of an arm, painted as PPO was paid for it: r_t at each token, or all of R at the
-    last one"""
-    tokens = list(sample["tokens"])
-    if tokens and tokens[-1] == "":
-        tokens[-1] = "∎"
-    R = f"R = {sample['reward']:+.2f}"
-    rewards = sample["token_rewards"]
-    if run["config"].get("level") == "sequence":
-        R += ", all at the last token"
-        rewards = [None] * (len(tokens) - 1) + [sample["reward"]]
-    painted = heat(tokens, rewards, paid_scale(run))
-    return f"<div><h4>{safe(run['label'])} <em>{R}</em></h4>{painted}</div>"
-
-
-def paid_scale(run):
-    """The |reward| with the deepest colour: 98% are smaller, so a few outliers do not make all
-    other tokens pale"""
-    sizes = []
-    for sample in run["samples"]:
-        if run["config"].get("level") == "sequence":
-            sizes.append(abs(sample["reward"]))
-        else:
-            sizes += map(abs, sample["token_rewards"])
-    if not sizes:
-        return 1
-    sizes.sort()
-    return sizes[int(0.98 * (len(sizes) - 1))]
+    return plot
 
 
 # ---------------------------------------------------------------- where it comes from
@@ -505,7 +354,7 @@ def provenance(runs):
         for name in ("outputs.jsonl", "annotations.jsonl", "val_annotations.jsonl", "rewards.json"):
             made = record_of(run["path"] / name)
             if made:
-                blocks.append(record_details(safe(run["path"] / name), made, "sub"))
+                blocks.append(record_details(name, made, "sub"))
     return "".join(blocks)
 
 
@@ -537,22 +386,53 @@ def record_details(title, record, style, facts=""):
 
 # ---------------------------------------------------------------- the page
 
-def page(runs, tables, closer):
+WORDS = {
+    SFT: "supervised fine-tuning: the policy that PPO starts from",
+    RLHF: "PPO; one reward for an answer, from a reward model that learnt from preference pairs",
+    FINE: "PPO; one reward for an answer, from a reward model that learnt from edits",
+    TOKEN: "PPO; a reward for every token, from a reward model that learnt which tokens the edits "
+           "changed (Eq. 4)",
+    GAMMA_0: "the same, but each token answers for its own reward only; not in the paper",
+    f"{RM_RLHF}, {RM_FINE}, {RM_TOKEN}": "the reward models (RM) of these three, in this order",
+    "win rate": "how often the judge prefers the answer to the reference's; a draw counts half",
+    "r, R": "the reward of a token, and of an answer: the mean of its r (Eq. 1)",
+    "U₀, U₁": "the tokens that both answers of a pair share, and all others",
+    "EOS": "the token that ends an answer (∎)",
+    "KL": "how far the policy has moved from where it started (Kullback-Leibler divergence)",
+    "AUROC": "how often a token of one kind scores above one of the other; 0.5 is chance",
+    "ECE": "expected calibration error: between how sure a reward model is and how often it is "
+           "right; 0 is best"}
+
+
+def glossary():
+    rows = [f"<dt>{safe(name)}</dt><dd>{safe(meaning)}</dd>" for name, meaning in WORDS.items()]
+    return ("<details class=words><summary>What the names and abbreviations mean</summary>"
+            f"<dl>{''.join(rows)}</dl></details>")
+
+
+def page(runs, tables, closer, answer):
     """The page as HTML. runs: of tables.read_runs; tables: the paper's, each (title, header, rows,
-    note); closer: the table of all reward models"""
+    note); closer: the table of all reward models; answer: sentences, of answer.sentences"""
     reward_models = "<p class=missing>no rewards.json in these folders</p>"
     if closer[2]:
         reward_models = as_html(closer, small=True) + calibrations(runs)
-    sections = {"Which arm fooled its reward model?": hacking(runs),
+    sections = {"One prompt, before and after": before_and_after(runs),
                 "Along training": curves(runs),
+                "Which arm fooled its reward model?": hacking(runs),
                 "The paper's tables, and ours": "".join(map(as_html, tables)),
                 "What each token is paid": heatmaps(runs),
                 "The reward models": reward_models,
                 "Where the numbers come from": provenance(runs)}
 
+    # A folder of data has a run.json, too, but it is no run.
+    number = sum(run["kind"] != "other" or bool(run["annotations"]) for run in runs)
     seeds = sorted({run["seed"] for run in runs})
     body = ["<h1>Aligning language models via fine-grained supervision</h1>"]
-    body.append(f"<p class=quiet>{len(runs)} runs in {safe(', '.join(seeds))}</p>")
+    body.append(f"<p class=quiet>{number} runs in {safe(', '.join(seeds))}</p>")
+    for sentence in answer:
+        unbroken = safe(sentence).replace(" ± ", "&nbsp;±&nbsp;")
+        body.append(f"<p class=answer>{unbroken}</p>")
+    body.append(glossary())
     for title, content in sections.items():
         body.append(f"<section><h2>{safe(title)}</h2>{content}</section>")
     return document(MARK, "Fine-grained RLHF: report", "".join(body))

@@ -1,6 +1,6 @@
-"""`python evaluate.py report`: the paper's three tables with ours next to them, a page of figures.
+"""The tables of `python evaluate.py report`: the paper's three with ours next to them, from runs.
 
-It reads these files of the run folders and nothing else. What is missing is shown as "-", never
+They read these files of the run folders and nothing else. What is missing is shown as "-", never
 guessed:
 
     <folder>/<run>/run.json, metrics.jsonl, samples.jsonl   of sft.py, reward_model.py, ppo.py
@@ -12,7 +12,7 @@ guessed:
 
 Runs of the same name in different folders are seeds of one arm. The paper's name of an arm follows
 from its run.json: the level of PPO, and whether the reward model was trained on edits or on
-preferences. page.py makes the page.
+preferences. answer.py says in three sentences what the tables show; write.py writes the report.
 """
 if __name__ == "__main__":
     raise SystemExit("tables.py is a part of: python evaluate.py report")
@@ -21,13 +21,11 @@ import json, re, statistics
 from pathlib import Path
 
 from evaluate import paired, read_annotations, win_rate
-from extras.pages import is_ours
 from extras.report.arms import (FINE, GAMMA_0, PAPER_ACCURACY, PAPER_WIN, RLHF, RM_RLHF, RM_TOKEN,
-                                TOKEN, arms, as_markdown, as_text, checkpoints, duration, each,
-                                figure_over_seeds, label_of, over_seeds, paper_order, pm)
-from extras.report.page import MARK, page
-from plumbing.files import check_input, replacing, whole_characters
-from plumbing.ranks import fail, say
+                                TOKEN, arms, checkpoints, duration, each, figure_over_seeds,
+                                label_of, over_seeds, paper_order, pm, tell_apart,
+                                without_idle_columns)
+from plumbing.ranks import fail
 from plumbing.record import logged, record_of
 
 RUN_FILES = ("run.json", "annotations.jsonl", "rewards.json")  # a folder with one of them is a run
@@ -45,14 +43,7 @@ def read_runs(folders):
     runs = [read_run(path) for path in found.values()]
     for run in runs:
         run["label"] = label_of(run, runs)
-
-    # Two arms with the same label, such as an ablation, are told apart by their folders' names.
-    names = {}
-    for run in runs:
-        names.setdefault(run["label"], set()).add(run["name"])
-    for run in runs:
-        if len(names[run["label"]]) > 1:
-            run["label"] += f" ({run['name']})"
+    tell_apart(runs)
     return runs
 
 
@@ -164,6 +155,8 @@ def seconds_until(run, steps):
 
 SEEDS = ("± is the standard error: over pairs where there is one seed, over seeds where there are "
          "several.")
+JUDGES = {"gold": "gold, the toy world's count of flaws"}
+REFERENCES = {"reference": "the toy world's"}
 
 
 def table_1(runs):
@@ -172,13 +165,13 @@ def table_1(runs):
     groups |= arms(runs, "ppo")
     groups |= arms(runs, "sft", "other")
     judged = [run["annotations"] for run in runs if run["annotations"]]
-    references = values_of(judged, "generator_1")
-    judges = values_of(judged, "annotator")
+    references = values_of(judged, "generator_1", REFERENCES)
+    judges = values_of(judged, "annotator", JUDGES)
 
     rows = []
     for label in sorted(groups, key=paper_order):
         if label == RLHF:  # the paper has the reference here
-            name = f"the reference: Davinci003; ours: {references}"
+            name = f"the reference: Davinci003, here {references}"
             rows.append([name, "50.0", "50.0", "", "", ""])
         figures = [rate(run["annotations"]) for run in groups[label]]
         if any(figures) or label in PAPER_WIN:
@@ -188,8 +181,7 @@ def table_1(runs):
     for annotations in judged:
         unparsed += sum(row["preference"] is None for row in annotations)
     # What is known of the truth: only the toy world's judge counts flaws.
-    flawless = {run["seed"]: ceiling(run["annotations"]) for run in runs if run["annotations"]}
-    known = [figures for figures in flawless.values() if figures]
+    known = ceilings(runs)
     if known:
         cell = figure_over_seeds(known, "win_rate")
         seeds = each(column(known, "win_rate"))
@@ -198,7 +190,13 @@ def table_1(runs):
     header = ["Model", "Paper", "Ours", "Each seed", "PPO steps", "Pairs"]
     note = (f"Judge: Claude in the paper, here {judges}. {unparsed} pairs without a readable "
             f"verdict are not counted. {SEEDS}")
-    return "Table 1. Win rate against the reference (%)", header, rows, note
+    return without_idle_columns(("Table 1. Win rate against the reference (%)", header, rows, note))
+
+
+def ceilings(runs):
+    """ceiling() of each seed that has one"""
+    found = {run["seed"]: ceiling(run["annotations"]) for run in runs if run["annotations"]}
+    return [figures for figures in found.values() if figures]
 
 
 def ceiling(annotations):
@@ -209,10 +207,11 @@ def ceiling(annotations):
     return win_rate(2 if row["scores"][0] < 0 else 1.5 for row in annotations)
 
 
-def values_of(judged, name):
-    """All values of a field in the first annotation of each run: "a and b", or "-" """
+def values_of(judged, name, known):
+    """All values of a field in the first annotation of each run: "a and b", or "-". known: what is
+    written for some of them"""
     values = {str(annotations[0].get(name, "?")) for annotations in judged}
-    return " and ".join(sorted(values)) or "-"
+    return " and ".join(known.get(value, value) for value in sorted(values)) or "-"
 
 
 def win_rate_row(label, mine, figures):
@@ -241,13 +240,14 @@ def table_paired(runs, seed):
         interval = "-"
         if len(found) == 1 and found[0]["low"] is not None:
             interval = f"{found[0]['low']:+.1f} to {found[0]['high']:+.1f}"
-        ours = figure_over_seeds(found, "difference")
+        ours = figure_over_seeds(found, "difference", sign="+")
         seeds = each(column(found, "difference"), "{:+.1f}".format)
         rows.append([f"{a} − {b}", paper, ours, seeds, interval])
     header = ["", "Paper", "Ours", "Each seed", "95% (one seed)"]
     note = ("The paper's are differences of its Table 1, with no error given. Ours are paired: "
             f"both models answered the same questions. {SEEDS}")
-    return "Differences in win rate (points), on the same questions", header, rows, note
+    title = "Differences in win rate (points), on the same questions"
+    return without_idle_columns((title, header, rows, note), "95% (one seed)")
 
 
 def differences(runs, others, seed):
@@ -310,7 +310,7 @@ def table_2(runs, folders):
     header = ["Model", "Paper", "Original pairs", "Edited pairs", "Each seed, original"]
     note = ("The paper's figure is on its evaluation set; ours, on held-out pairs of the original "
             "kind, is the one to compare. On edited pairs the order alone gives 100%. " + SEEDS)
-    return "Table 2. Accuracy of the reward model (%)", header, rows, note
+    return without_idle_columns(("Table 2. Accuracy of the reward model (%)", header, rows, note))
 
 
 def reward_figures(runs, kind):
@@ -340,14 +340,15 @@ def table_3(runs, target=None):
     rows = []
 
     # The reward models: all steps
-    for name, label, paper in (("RLHF", RM_RLHF, "0.2"), ("Fine-grained RLHF", RM_TOKEN, "0.3")):
+    trained = [("RLHF", RM_RLHF, "0.2 h"), ("Fine-grained RLHF", RM_TOKEN, "0.3 h")]
+    for name, label, paper in trained:
         found = [(run, run["steps"]) for run in reward_models.get(label, [])]
         rows.append(time_row(name, "RM", paper, found))
 
     # Each arm to its own best: the paper's first, then all others
     for label in dict.fromkeys([RLHF, TOKEN, FINE, *ppos]):
         found = [(run, best_step(run, runs)[0]) for run in ppos.get(label, [])]
-        paper = {RLHF: "4", TOKEN: "2"}.get(label, "-")
+        paper = {RLHF: "4 h", TOKEN: "2 h"}.get(label, "-")
         rows.append(time_row(f"{label}, to its own best", "PPO", paper, found))
 
     # Each arm to the best of another, seed by seed
@@ -368,7 +369,7 @@ def table_3(runs, target=None):
             found = [(run, first_step_with(target, run, runs)) for run in mine]
             rows.append(time_row(f"{label}, to {target:g}%", "PPO", "-", found))
 
-    header = ["Model", "Step", "Paper, h", "Our steps, each seed", "Our time", "h"]
+    header = ["Model", "Step", "Paper", "Our steps, each seed", "Our time"]
     note = ("Best: the highest win rate of the models that were kept along training (the judge's "
             "own noise included), so steps are known to the nearest kept model. Time: training "
             "alone, mean of the seeds, on the hardware named below.")
@@ -401,9 +402,8 @@ def time_row(name, stage, paper, found):
 
     times = [seconds_until(run, steps) for run, steps in reached]
     if not times or None in times:
-        return [*row, "-", "-"]
-    mean = statistics.fmean(times)
-    return [*row, duration(mean), f"{mean / 3600:.3f}"]
+        return [*row, "-"]
+    return [*row, duration(statistics.fmean(times))]
 
 
 def table_rewards(runs):
@@ -416,9 +416,12 @@ def table_rewards(runs):
     header = ["Run", "Data", "Pairs", "Accuracy, %", "ECE", "AUROC removed", "AUROC added",
               "AUROC spans", "r on U₀ (± sd)", "r at EOS"]
     note = ("AUROC: does −r find the tokens that people took away (removed) or marked as wrong "
-            "(spans), r those they put in (added); 0.5 is chance. For a sequence model, the "
-            "differences of its prefix scores stand for r.")
-    return "Reward models, closer", header, rows, note
+            "(spans), r those they put in (added); 0.5 is chance. ECE: expected calibration error, "
+            "between how sure the model is of a pair and how often it is right. U₀: the tokens "
+            "that both answers share; EOS: the token that ends an answer. For a sequence model, "
+            "the differences of its prefix scores stand for r.")
+    table = "Reward models, closer", header, rows, note
+    return without_idle_columns(table, *header[5:])
 
 
 def table_probe(runs):
@@ -458,43 +461,3 @@ def rewards_row(run, figures):
         group = tokens.get(name) or {}
         row.append(pm(group.get("mean"), group.get("sd"), 2))
     return row
-
-
-# ---------------------------------------------------------------- the report
-
-def write_report(cfg):
-    """Print the tables, write the page and, next to it, the tables as Markdown"""
-    if not cfg.data:
-        fail("report needs run folders, or folders that hold them: python evaluate.py report out")
-    for path in cfg.data:
-        check_input(path, "data", "bash demo.sh")
-    out = Path(cfg.out)
-    markdown_file = out.with_suffix(".md")
-    if out.suffix != ".html":
-        fail(f"--out={out} must end in .html")
-
-    # Never replace a file that we did not write.
-    for path, mark in ((out, MARK), (markdown_file, "**Table 1. ")):
-        if not cfg.overwrite and not is_ours(path, mark):
-            fail(f"{path} is no report of ours; choose another --out, or replace it with "
-                 "--overwrite=true")
-    runs = read_runs(cfg.data)
-    if not runs:
-        fail(f"no run in {', '.join(cfg.data)} (no run.json, annotations.jsonl, rewards.json); "
-             "bash demo.sh makes one")
-
-    tables = [table_1(runs), table_paired(runs, cfg.seed)]
-    tables += [table_2(runs, cfg.data), table_3(runs, cfg.target)]
-    probe = table_probe(runs)
-    if probe[2]:
-        tables.append(probe)
-    closer = table_rewards(runs)
-    show_table = as_markdown if cfg.markdown else as_text
-    say("\n\n\n".join(map(show_table, tables)))
-
-    markdown = "\n\n".join(map(as_markdown, [*tables, closer])) + "\n"
-    pages = {out: page(runs, tables, closer), markdown_file: markdown}
-    for path, text in pages.items():
-        with replacing(path) as file:
-            file.write(whole_characters(text))
-    say(f"\n{out} and {markdown_file}")
