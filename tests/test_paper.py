@@ -220,7 +220,7 @@ def check_configs(out):
                      "rm_token": ("eq4", "diffs.jsonl")}
     for name, (loss, data) in reward_models.items():
         assert configs[name]["loss"] == loss
-        assert configs[name]["data"].split("/")[-1] == data
+        assert [file.split("/")[-1] for file in configs[name]["data"]] == [data]
 
 
 def check_split(out):

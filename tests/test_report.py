@@ -305,10 +305,14 @@ def test_a_step_chosen_on_val(tmp_path):
 
 def test_a_reward_model_is_named_by_its_rows_not_by_its_files_name():
     for edits, name, label in ((True, "gaps.jsonl", arms.RM_FINE),
-                               (False, "different.jsonl", arms.RM_RLHF)):
+                               (True, ["gaps.jsonl", "more.jsonl"], arms.RM_FINE),
+                               (False, ["different.jsonl"], arms.RM_RLHF)):
         config = dict(loss="sequence", data=name)
         rm = dict(kind="reward model", name="rm", config=config, record=dict(edits=edits))
         assert arms.label_of(rm, [rm]) == label
+    for data in ("diffs.jsonl", ["out/diffs.jsonl", "out/rounds/more.jsonl"]):
+        rm = dict(kind="reward model", config=dict(loss="sequence", data=data), record={})
+        assert arms.label_of(rm, [rm]) == arms.RM_FINE
 
 
 def test_a_cell_cannot_break_a_table():

@@ -72,9 +72,10 @@ def ppo_label(run, reward_model):
 
 
 def learned_from_edits(reward_model):
-    """True if the pairs were edits. The record says it; without that, the data file's name does"""
-    data = Path(str(reward_model["config"].get("data", ""))).name
-    return reward_model["record"].get("edits", "diff" in data)
+    """True if the pairs were edits. The record says it; without that, a data file's name does"""
+    data = reward_model["config"].get("data") or []  # older records have one path
+    files = [data] if isinstance(data, str) else data
+    return reward_model["record"].get("edits", any("diff" in Path(file).name for file in files))
 
 
 def tell_apart(runs):
