@@ -18,7 +18,8 @@ best     of each run the kept model with the highest win rate on val.jsonl's que
 rewards  a reward model on held-out pairs: accuracy, calibration, and whether r_t finds the tokens
          that people changed. On a probe: after the same prefix, is the better token above the
          worse one? Accuracy does not show that
-report   Tables 1, 2 and 3 of the paper next to ours, and a page of figures, from run folders alone
+report   what came out, in three sentences; Tables 1, 2 and 3 of the paper next to ours; a page, its
+         figures as SVG and its numbers as JSON. All from run folders alone
 ask      the answers of several models to an instruction, side by side in the terminal; with
          --reward_model its tokens are painted by r_t. Without an instruction it reads lines
 

@@ -437,7 +437,8 @@ def test_a_difference_must_exceed_two_errors(seeds, tmp_path):
                     row["preference"] = 3 - row["preference"]
             write_rows(tmp_path / seed / name / "annotations.jsonl", rows)
     who_wins = answer_of(tmp_path / "a", tmp_path / "b")[0]
-    assert "not clearly different from Fine-grained PPO (50.0; +2.0 ± 0.0)" in who_wins
+    said = r"not clearly different from Fine-grained PPO \(50.0; \+2.0 ± 0.0 over seeds, ± [\d.]+"
+    assert re.search(said + r" over pairs\)", who_wins), who_wins
     assert arms.larger_error(None, [2.0]) == 2.0
     assert arms.larger_error(0.5, [3.0, 4.0]) == 2.5
     assert arms.larger_error(3.5, [3.0, 4.0]) == 3.5

@@ -67,8 +67,12 @@ def compared(label, mean, found):
         return f"{label} wins {mean:.1f}% (on other questions)"
     errors = column(known, "standard_error")
     difference, error = mean_over_seeds(column(known, "difference"), errors)
-    if error is not None and abs(difference) <= 2 * larger_error(error, errors):
-        return f"not clearly different from {label} ({mean:.1f}; {difference:+.1f} ± {error:.1f})"
+    larger = larger_error(error, errors)
+    if error is not None and abs(difference) <= 2 * larger:
+        why = f"{difference:+.1f} ± {error:.1f}"
+        if larger > error:
+            why += f" over seeds, ± {larger:.1f} over pairs"
+        return f"not clearly different from {label} ({mean:.1f}; {why})"
     size = f"{abs(difference):.1f}" if error is None else f"{abs(difference):.1f} ± {error:.1f}"
     where = "above" if difference > 0 else "below"
     return f"{size} points {where} {label} ({mean:.1f})"

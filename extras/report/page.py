@@ -206,7 +206,8 @@ def hacking(runs):
             "line per seed, from the starting policy (ring; dotted: its win rate) to the last step "
             "(large dot). Up and to the right is learning; to the right alone, or down, is a "
             "policy that fools its reward model: said where the win rate has not risen by its "
-            "standard error, or has fallen from its best by two.")
+            "standard error (the larger of that over seeds and that over pairs), or has fallen "
+            "from its best by two.")
     grid = "grid2" if len(plots) in (2, 4) else "grid3"
     return f"<div class={grid}>{''.join(panels)}</div><figcaption>{note}</figcaption>"
 
