@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
                           AutoTokenizer, GenerationConfig)
-from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 

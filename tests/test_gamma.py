@@ -158,7 +158,7 @@ def test_what_whitening_and_the_token_mean_add():
     """ppo.py whitens the advantages of a rollout batch and divides by its tokens. Both depend on
     the drawn responses, so b(s) is felt even at gamma 0: the less, the larger the batch. Measured
     with a b(s) as large as r: its part in the direction of the expected gradient, 1 - cosine, falls
-    from some percent at 8 responses to a thousandth at 128. What stays is the scale: whitening
+    from a few percent at 8 responses to a ten-thousandth at 128. What stays is the scale: whitening
     divides by a standard deviation that holds b(s)."""
     b = draw(4, N_STATES)
     generator = torch.Generator().manual_seed(0)

@@ -91,6 +91,15 @@ def test_the_parts_run_and_a_second_time_nothing(tmp_path):
     assert second.returncode == 0 and " of " not in second.stdout, second.stdout
     assert (tmp_path / "toy.jsonl").read_bytes() == before
 
+    # A run that was killed before it wrote its rows loses no finished cell.
+    lines = before.decode().splitlines(keepends=True)
+    lost = [line for line in lines if '"horizons_gamma0"' not in line]
+    assert len(lost) == len(lines) - 1
+    (tmp_path / "toy.jsonl").write_text("".join(lost))
+    again = study(tmp_path, "horizons")
+    assert again.returncode == 0 and " of " not in again.stdout, again.stdout
+    assert (tmp_path / "toy.jsonl").read_bytes() == before
+
     # A row that was made with other settings is not silently taken for this cell.
     rows["medium", "horizons_gamma0"]["kl_share"] = 9.0
     (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

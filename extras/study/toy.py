@@ -4,7 +4,7 @@
     python extras/study/toy.py lengths     # how many steps a run needs; on the same seeds
     python extras/study/toy.py horizons    # short, medium and long answers: seeds 300 to 304
     python extras/study/toy.py data edits losses why rounds    # the other questions
-    python extras/study/toy.py tables      # EXPERIMENTS.md and docs/horizons.svg, from the results
+    python extras/study/toy_tables.py      # EXPERIMENTS.md and docs/horizons.svg, from the results
 
 A part trains its cells (a world, a seed, a reward, settings of PPO), judges the models that each
 cell kept on the 300 questions of eval.jsonl with the gold judge, and adds one row per cell to
@@ -230,7 +230,7 @@ LAST_STEP = ("reward", "kl", "response_length", "eos_share", "entropy", "explain
 
 
 def run_cell(cfg, cell):
-    """Train and judge a cell -> <its folder>/result.json"""
+    """Train and judge a cell -> <its folder>/result.jsonl, one row"""
     out = base_folder(cfg, cell.world, cell.seed) / cell.name
     return_sd = logged(sd_folder(cfg, cell) / "metrics.jsonl")[0]["return_sd"]
     kl_coef = cell.kl_share * return_sd
@@ -260,41 +260,40 @@ def key_of(row):
 
 
 def finished_cells(cfg):
-    """Rows of the results file by key; fail() where a row was made with other settings"""
+    """The rows of finished cells in the results file, by key"""
     return {key_of(row): row for row in logged(Path(cfg.results)) if "curve" in row}
 
 
 def run_cells(cfg, cells):
     """Make what the cells need, then the cells that have no row yet, and add their rows"""
-    done = finished_cells(cfg)
-    todo = []
-    for cell in cells:
-        row = done.get(key_of(cell._asdict()))
-        if row is None:
-            todo.append(cell)
-        elif json.loads(json.dumps(cell._asdict())) != {name: row[name] for name in cell._fields}:
-            fail(f"{cfg.results}: {cell.name} of seed {cell.seed} was run with other settings; "
-                 "choose another --results")
+    collect(cfg, cells)  # those that a stopped run has finished
+    todo = unfinished(cfg, cells)
     logs = Path(cfg.out, "logs")
 
-    # The worlds, their reward models, and one step of each arm.
-    bases = {(cell.world, cell.seed) for cell in todo}
-    run_jobs({f"{world}_{seed}": partial(make_base, cfg, world, seed)
-              for world, seed in sorted(bases)
-              if not (base_folder(cfg, world, seed) / "diffs_half.jsonl").exists()},
-             cfg.workers, logs)
-    models = {(cell.world, cell.seed, cell.reward_model) for cell in todo}
-    run_jobs({f"{world}_{seed}_{name}": partial(make_reward_model, cfg, world, seed, name)
-              for world, seed, name in sorted(models)
-              if not (base_folder(cfg, world, seed) / name / "rewards.json").exists()},
-             cfg.workers, logs)
-    first = {sd_folder(cfg, cell): cell for cell in todo}
-    run_jobs({f"{folder.parent.parent.name}_{folder.parent.name}_{folder.name}":
-              partial(measure_return_sd, cfg, cell)
-              for folder, cell in first.items() if not (folder / "metrics.jsonl").exists()},
-             cfg.workers, logs)
+    # The worlds.
+    jobs = {}
+    for world, seed in sorted({(cell.world, cell.seed) for cell in todo}):
+        if not (base_folder(cfg, world, seed) / "diffs_half.jsonl").exists():
+            jobs[f"{world}_{seed}"] = partial(make_base, cfg, world, seed)
+    run_jobs(jobs, cfg.workers, logs)
 
-    # A cell's row is added when it is done, so a stopped run loses no finished cell.
+    # Their reward models.
+    jobs = {}
+    for world, seed, name in sorted({(cell.world, cell.seed, cell.reward_model) for cell in todo}):
+        if not (base_folder(cfg, world, seed) / name / "rewards.json").exists():
+            jobs[f"{world}_{seed}_{name}"] = partial(make_reward_model, cfg, world, seed, name)
+    run_jobs(jobs, cfg.workers, logs)
+
+    # One step of each arm, for its return_sd.
+    jobs = {}
+    for cell in todo:
+        folder = sd_folder(cfg, cell)
+        if not (folder / "metrics.jsonl").exists():
+            name = f"{cell.world}_{cell.seed}_{folder.name}"
+            jobs[name] = partial(measure_return_sd, cfg, cell)
+    run_jobs(jobs, cfg.workers, logs)
+
+    # The cells.
     jobs = {}
     for cell in todo:
         jobs[f"{cell.world}_{cell.seed}_{cell.name}"] = partial(run_cell, cfg, cell)
@@ -304,20 +303,37 @@ def run_cells(cfg, cells):
         collect(cfg, todo)
 
 
+def unfinished(cfg, cells):
+    """The cells without a row; fail() where a row was made with other settings"""
+    done = finished_cells(cfg)
+    todo = []
+    for cell in cells:
+        settings = json.loads(json.dumps(cell._asdict()))  # as they are in a row
+        row = done.get(key_of(settings))
+        if row is None:
+            todo.append(cell)
+        elif any(row[name] != value for name, value in settings.items()):
+            fail(f"{cfg.results}: {cell.name} of seed {cell.seed} was run with other settings; "
+                 "choose another --results")
+    return todo
+
+
 def collect(cfg, cells):
-    """Add the rows of finished cells, and of their reward models, to the results file"""
+    """Add the rows of finished cells, and of their reward models, to the results file. A row that
+    is there stays"""
     rows = {}
     for row in logged(Path(cfg.results)):
         rows[key_of(row)] = row
     for cell in cells:
         base = base_folder(cfg, cell.world, cell.seed)
         for row in logged(base / cell.name / "result.jsonl"):
-            rows[key_of(row)] = row
+            rows.setdefault(key_of(row), row)
         figures = base / cell.reward_model / "rewards.json"
         if figures.exists():
             row = reward_model_row(cell.world, cell.seed, cell.reward_model, figures)
-            rows[key_of(row)] = row
-    write_jsonl(cfg.results, [rows[key] for key in sorted(rows)])
+            rows.setdefault(key_of(row), row)
+    if rows:
+        write_jsonl(cfg.results, [rows[key] for key in sorted(rows)])
 
 
 def reward_model_row(world, seed, name, file):

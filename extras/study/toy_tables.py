@@ -330,10 +330,11 @@ def main(cfg):
     after = text.split(END)[1]
     with replacing(cfg.out) as file:
         file.write(f"{before}{BEGIN}\n\n" + "\n".join(made) + f"\n{END}{after}")
+    say(f"{cfg.out}: {len(made)} tables")
     if any(name.startswith("horizons_") for _, name in found):
         with replacing(cfg.figure) as file:
             file.write(figure(found))
-    say(f"{cfg.out}: {len(made)} tables; {cfg.figure}")
+        say(cfg.figure)
 
 
 if __name__ == "__main__":

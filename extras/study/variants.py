@@ -21,7 +21,7 @@ import common
 from plumbing.command_line import load_config
 from plumbing.ranks import fail
 
-B = 0.5  # about the standard deviation of r_t over the tokens of a response
+B = 0.5  # 22 tokens of it add 11 to a return; at step 0 returns have a standard deviation of 9
 
 
 def sum_rewards(r, response_mask):
