@@ -113,8 +113,10 @@ def test_the_grid_runs_on_tuning_seeds_alone():
     cells = toy.grid() + toy.lengths()
     assert {cell.seed for cell in cells} <= set(range(100, 106))
     for arm in ("rlhf", "sequence", "token"):
-        mine = {cell.name for cell in toy.grid() if f"_{arm}_" in cell.name}
-        assert len(mine) == 12
+        mine = [cell for cell in toy.grid() if f"_{arm}_" in cell.name]
+        assert len({cell.name for cell in mine if cell.seed == 105}) == 12
+        shares = 7 if arm == "rlhf" else 6
+        assert len({cell.name for cell in mine}) == shares * len(toy.CREDIT[toy.ARMS[arm][1]])
     reported = toy.horizons() + toy.edits() + toy.losses() + toy.why()
     assert {cell.seed for cell in reported} == set(range(300, 305))
     names = [(cell.world, cell.seed, cell.name) for cell in cells + reported]

@@ -2,6 +2,7 @@
 
     python extras/study/toy.py grid        # each arm's settings; on seeds 100 to 105 alone
     python extras/study/toy.py lengths     # how many steps a run needs; on the same seeds
+    python extras/study/toy.py sft         # settings of SFT on the edited answers; on the same
     python extras/study/toy.py horizons    # short, medium and long answers: seeds 300 to 304
     python extras/study/toy.py data edits losses why rounds    # the other questions
     python extras/study/toy_tables.py      # EXPERIMENTS.md and docs/horizons.svg, from the results
@@ -348,21 +349,30 @@ def reward_model_row(world, seed, name, file):
 # ---------------------------------------------------------------- the parts
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
+WIDER_SHARES = (0.005, *SHARES, 0.16)
+RLHF_SHARES = (*WIDER_SHARES, 0.32)
+WIDER_SEEDS = TUNING_SEEDS[:3]
 ARMS = {"rlhf": ("rm_original", "sequence"), "sequence": ("rm_edited", "sequence"),
         "token": ("rm_token", "token")}
 CREDIT = {
     "token": {"gamma1": (), "mean": ("--reward_scale=mean",), "gamma0": ("--gamma=0",)},
-    "sequence": {"lam1": (), "lam98": ("--lam=0.98",), "lam95": ("--lam=0.95",)},
+    "sequence": {"lam1": (), "lam98": ("--lam=0.98",), "lam95": ("--lam=0.95",),
+                 "lam90": ("--lam=0.9",)},
 }
 
 
 def grid():
-    """12 cells an arm: four weights of the KL times three ways of credit"""
+    """12 cells an arm: four weights of the KL times three ways of credit. The best cells of two arms
+    lay at an edge, so both axes are wider for all arms, on three of the seeds, and PPO-RLHF's
+    once more"""
     cells = []
     for seed in TUNING_SEEDS:
-        for share in SHARES:
-            for arm, (reward_model, level) in ARMS.items():
+        for arm, (reward_model, level) in ARMS.items():
+            for share in RLHF_SHARES if arm == "rlhf" else WIDER_SHARES:
                 for credit, flags in CREDIT[level].items():
+                    wider = share not in SHARES or credit == "lam90"
+                    if wider and seed not in WIDER_SEEDS:
+                        continue
                     name = f"grid_{arm}_{credit}_kl{share:g}"
                     cells.append(Cell("medium", seed, name, reward_model, level, share, flags))
     return cells
@@ -391,8 +401,8 @@ def chosen(part, arm, world, seed, *, reward_model=None, flags=(), name=None, **
 def lengths():
     """How long a run has to be: longer runs of the chosen settings, on tuning seeds"""
     cells = []
-    for seed in TUNING_SEEDS[:3]:
-        for steps in (100, 150):
+    for steps in (100, 150):
+        for seed in TUNING_SEEDS[:3]:
             for arm in ("sequence", "gamma1", "gamma0"):
                 cells.append(chosen("lengths", arm, "medium", seed, steps=steps, judge_every=10,
                                     name=f"{steps}"))
@@ -488,8 +498,54 @@ def edit_answers(cfg, cell):
 
 # ---------------------------------------------------------------- without RL
 
-SFT_ON_EDITS = ("--lr=1e-3", "--epochs=3")
+SFT_LR, SFT_EPOCHS = 1e-3, 3  # of SFT on the edited answers; chosen by the part "sft"
 SAMPLES = 8
+
+
+def run_sft(cfg):
+    """Settings of SFT on the edited answers, on three of the tuning seeds"""
+    done = finished_cells(cfg)
+    seeds = TUNING_SEEDS[:3]
+    jobs = {}
+    for seed in seeds:
+        if not (base_folder(cfg, "medium", seed) / "diffs_half.jsonl").exists():
+            jobs[f"medium_{seed}"] = partial(make_base, cfg, "medium", seed)
+    run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
+    jobs = {}
+    for seed in seeds:
+        for lr in (3e-5, 1e-4, 3e-4, 1e-3):
+            for epochs in (1, 3):
+                name = f"sft_lr{lr:g}_epochs{epochs}"
+                if ("medium", seed, name) not in done:
+                    jobs[f"{name}_{seed}"] = partial(sft_cell, cfg, seed, name, lr, epochs)
+    run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
+    collect(cfg, [Cell("medium", seed, job.rpartition("_")[0], "", "", 0.0)
+                  for job in jobs for seed in seeds])
+
+
+def sft_cell(cfg, seed, name, lr, epochs):
+    """SFT, then SFT on what the editor wrote -> <its folder>/result.jsonl, one row"""
+    base = base_folder(cfg, "medium", seed)
+    rows = []
+    for row in logged(base / "edits.jsonl"):
+        if row["edited"] is not None:
+            rows.append(dict(instruction=row["instruction"], input="", output=row["edited"]))
+    edited = base / f"{name}.jsonl"
+    write_jsonl(edited, rows)
+    stage(base / f"{name}.log", "sft.py", PRESET, f"--seed={seed}", f"--model={base}/sft",
+          f"--data={edited}", f"--lr={lr:g}", f"--epochs={epochs}", f"--out={base}/{name}")
+    row = row_without_rl(seed, name, judged_folder(cfg, seed, name, base / name))
+    write_jsonl(base / name / "result.jsonl", [row])
+
+
+def judged_folder(cfg, seed, name, model):
+    return judged(cfg, Cell("medium", seed, name, "", "", 0.0), model)
+
+
+def row_without_rl(seed, name, annotations):
+    """A row whose figures stand at "step" 0"""
+    row = dict(world="medium", seed=seed, name=name, ceiling=ceiling(annotations))
+    return row | dict(curve={0: figures_of(annotations)})
 
 
 def run_baselines(cfg):
@@ -504,6 +560,7 @@ def run_baselines(cfg):
     run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
     cells = []
     for seed in REPORTED_SEEDS:
+        cells.append(Cell("medium", seed, "data_sft_edited", "", "", 0.0))
         for name in names:
             cells.append(chosen("data", "gamma0", "medium", seed, reward_model=name))
     collect(cfg, cells)
@@ -516,21 +573,12 @@ def baselines_of_seed(cfg, seed, names):
     for name in names:
         if not (base / name / "rewards.json").exists():
             make_reward_model(cfg, "medium", seed, name)
-    log = base / "data.log"
-    first = [PRESET, f"--seed={seed}"]
-
-    # SFT, then SFT on what the editor wrote.
-    edited = [row for row in logged(base / "edits.jsonl") if row["edited"] is not None]
-    rows = [dict(instruction=row["instruction"], input="", output=row["edited"]) for row in edited]
-    write_jsonl(base / "edited.jsonl", rows)
-    stage(log, "sft.py", *first, f"--model={base}/sft", f"--data={base}/edited.jsonl",
-          *SFT_ON_EDITS, f"--out={base}/sft_edited")
-    found = {}
-    for name in ("sft", "sft_edited"):
-        cell = Cell("medium", seed, f"data_{name}", "", "", 0.0)
-        found[cell.name] = judged(cfg, cell, base / name)
+    sft_cell(cfg, seed, "data_sft_edited", SFT_LR, SFT_EPOCHS)
+    found = {"data_sft": judged_folder(cfg, seed, "data_sft", base / "sft")}
 
     # Answers with other seeds: a reward model scores them, and the best of each question stays.
+    log = base / "data.log"
+    first = [PRESET, f"--seed={seed}"]
     samples = []
     for sample in range(SAMPLES):
         out = base / f"samples_{sample}.jsonl"
@@ -540,13 +588,8 @@ def baselines_of_seed(cfg, seed, names):
         samples.append(out)
     for name in names:
         found[f"data_best_{name}"] = judged_best(base, name, samples, first, log)
-
-    # One row each, with the figures at "step" 0.
-    rows = []
-    for name, annotations in found.items():
-        row = dict(world="medium", seed=seed, name=name, ceiling=ceiling(annotations))
-        rows.append(row | dict(curve={0: figures_of(annotations)}))
-    write_jsonl(base / "data_gamma0/result.jsonl", rows)
+    write_jsonl(base / "data_gamma0/result.jsonl",
+                [row_without_rl(seed, name, found[name]) for name in found])
 
 
 def judged_best(base, reward_model, samples, first, log):
@@ -577,12 +620,14 @@ PARTS = {"grid": grid, "lengths": lengths, "horizons": horizons, "edits": edits,
 
 def main(cfg):
     check_numbers(cfg, workers=COUNT)
-    words = [*PARTS, "rounds", "data"]
+    words = [*PARTS, "sft", "rounds", "data"]
     if not cfg.data or set(cfg.data) - set(words):
         fail(f"say which parts to run: {', '.join(words)}")
     for part in cfg.data:
         if part == "rounds":
             run_rounds(cfg)
+        elif part == "sft":
+            run_sft(cfg)
         elif part == "data":
             run_baselines(cfg)
         else:

@@ -88,30 +88,33 @@ def seeds_of(rows):
 # ---------------------------------------------------------------- the tables
 
 def grid_table(found):
-    """Each arm's 12 cells; the best share of each way of credit is bold"""
+    """Each arm's cells; the best share of each way of credit is bold. (3): a cell of fewer seeds"""
     rows = []
-    for arm, credits in (("rlhf", ("lam1", "lam98", "lam95")),
-                         ("sequence", ("lam1", "lam98", "lam95")),
+    for arm, credits in (("rlhf", ("lam1", "lam98", "lam95", "lam90")),
+                         ("sequence", ("lam1", "lam98", "lam95", "lam90")),
                          ("token", ("gamma1", "mean", "gamma0"))):
         for credit in credits:
             shares = shares_of(found, f"grid_{arm}_{credit}_kl")
             means = {}
+            seeds = {}
             for share in shares:
                 cells = found["medium", f"grid_{arm}_{credit}_kl{share}"]
                 means[share] = mean_and_error([last(row)["win_rate"] for row in cells.values()])
+                seeds[share] = len(cells)
             if not means:
                 continue
             best = max(means.values())
             row = [arm, credit]
             for share in ALL_SHARES:
                 cell = pm(*means[share]) if share in means else "-"
-                row.append(f"**{cell}**" if means.get(share) == best else cell)
+                cell = f"**{cell}**" if means.get(share) == best else cell
+                row.append(f"{cell} ({seeds[share]})" if seeds.get(share, 6) < 6 else cell)
             rows.append(row)
     header = ["arm", "credit", *[f"KL {share}" for share in ALL_SHARES]]
     return markdown_table(header, rows)
 
 
-ALL_SHARES = ("0.0025", "0.005", "0.01", "0.02", "0.04", "0.08", "0.16")
+ALL_SHARES = ("0.005", "0.01", "0.02", "0.04", "0.08", "0.16", "0.32")
 
 
 def shares_of(found, prefix):
@@ -119,6 +122,7 @@ def shares_of(found, prefix):
 
 
 def lengths_table(found):
+    """What the chosen arms still gain over the last quarter of longer runs"""
     rows = []
     for steps in (100, 150):
         for arm in ("sequence", "gamma1", "gamma0"):
@@ -133,6 +137,16 @@ def lengths_table(found):
             rows.append([NAMES[arm], steps, win(cells), pm(*mean_and_error(gains))])
     header = ["arm", "steps", "at the end", "gained over the last quarter"]
     return markdown_table(header, rows)
+
+
+def sft_table(found):
+    """Settings of SFT on the edited answers"""
+    rows = []
+    for (_, name), cells in sorted(found.items()):
+        if name.startswith("sft_lr"):
+            lr, epochs = name.removeprefix("sft_lr").split("_epochs")
+            rows.append([lr, epochs, win(cells), seeds_of(cells)])
+    return markdown_table(["lr", "epochs", "win rate", "seeds"], rows)
 
 
 def horizons_table(found):
@@ -304,10 +318,10 @@ WITHOUT_RL = [("SFT", "medium", "data_sft"), ("SFT on the edited answers", "medi
 
 def sections(found):
     """(title, table) of all that is finished"""
-    grid = [cells for (_, name), cells in found.items() if name.startswith("grid_")]
-    finished = set.intersection(*map(set, grid)) if grid else {}
-    made = [(f"Settings: each arm's grid (seeds {seeds_of(finished)})", grid_table(found)),
+    made = [("Settings: each arm's grid (seeds 100 to 105; (3): 100 to 102 alone)",
+             grid_table(found)),
             ("How many steps (seeds 100 to 102)", lengths_table(found)),
+            ("SFT on the edited answers (seeds 100 to 102)", sft_table(found)),
             ("(a) Horizons", horizons_table(found)),
             ("(b) Without RL", simple_table(found, "policy", WITHOUT_RL)),
             ("(b) Reward models", reward_models_table(found)),
