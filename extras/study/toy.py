@@ -381,7 +381,7 @@ def grid():
 # What the grid chose: an arm's reward model, level, share of the KL, flags. The table is in
 # EXPERIMENTS.md.
 CHOSEN = {
-    "rlhf": ("rm_original", "sequence", 0.08, ("--lam=0.98",)),
+    "rlhf": ("rm_original", "sequence", 0.16, ()),
     "sequence": ("rm_edited", "sequence", 0.01, ("--lam=0.95",)),
     "gamma1": ("rm_token", "token", 0.04, ("--reward_scale=mean",)),
     "gamma05": ("rm_token", "token", 0.02, ("--gamma=0.5",)),
@@ -412,8 +412,8 @@ def lengths():
 def horizons():
     """(a) Answers of 4, 10 and 25 items, four ways of credit; PPO-RLHF in the demo's world"""
     cells = []
-    for seed in REPORTED_SEEDS:
-        for world in ("medium", "short", "long"):
+    for world in ("medium", "short", "long"):
+        for seed in REPORTED_SEEDS:
             for arm in CHOSEN:
                 if arm != "rlhf" or world == "medium":
                     cells.append(chosen("horizons", arm, world, seed, steps=REPORTED_STEPS,
@@ -498,7 +498,7 @@ def edit_answers(cfg, cell):
 
 # ---------------------------------------------------------------- without RL
 
-SFT_LR, SFT_EPOCHS = 1e-3, 3  # of SFT on the edited answers; chosen by the part "sft"
+SFT_LR, SFT_EPOCHS = 2e-3, 3  # of SFT on the edited answers; chosen by the part "sft"
 SAMPLES = 8
 
 
@@ -513,8 +513,8 @@ def run_sft(cfg):
     run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
     jobs = {}
     for seed in seeds:
-        for lr in (3e-5, 1e-4, 3e-4, 1e-3):
-            for epochs in (1, 3):
+        for lr in (3e-4, 1e-3, 2e-3, 4e-3):
+            for epochs in (1, 3, 10):
                 name = f"sft_lr{lr:g}_epochs{epochs}"
                 if ("medium", seed, name) not in done:
                     jobs[f"{name}_{seed}"] = partial(sft_cell, cfg, seed, name, lr, epochs)

@@ -142,10 +142,11 @@ def lengths_table(found):
 def sft_table(found):
     """Settings of SFT on the edited answers"""
     rows = []
-    for (_, name), cells in sorted(found.items()):
+    for (_, name), cells in found.items():
         if name.startswith("sft_lr"):
             lr, epochs = name.removeprefix("sft_lr").split("_epochs")
-            rows.append([lr, epochs, win(cells), seeds_of(cells)])
+            rows.append([float(lr), int(epochs), win(cells), seeds_of(cells)])
+    rows.sort()
     return markdown_table(["lr", "epochs", "win rate", "seeds"], rows)
 
 
