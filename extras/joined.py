@@ -3,14 +3,12 @@
     ids         p q r a b   s t c   u a b c d      three rows of 5, 3 and 5 tokens
     positions   0 1 2 3 4   0 1 2   0 1 2 3 4
 
-Everything but the attention treats each token alone, so nothing changes for it. For the attention
-the rows are laid side by side again, padded on the right, and each token sees its own row up to
-itself. So the results are those of padded rows, except for float noise, and padding costs nothing
-but a little attention. Logits are computed where a response token is predicted, and nowhere else.
-Without this file, or where it is not exact, common.py computes padded rows.
+Everything but the attention treats each token alone, so nothing changes for it. The attention is
+computed row by row. So the results are those of padded rows, except for float noise. Logits are
+computed where a response token is predicted, and nowhere else. Without this file, or where it is
+not exact, common.py computes padded rows.
 """
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -73,15 +71,12 @@ def attend(module, query, key, value, attention_mask, *, row_lengths=None, **opt
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
-    side_by_side = []
-    for x in (query, key, value):
-        rows = x[0].transpose(0, 1).split(row_lengths)              # of each row [S, heads, size]
-        padded = pad_sequence(rows, batch_first=True)               # [B, S, heads, size]
-        side_by_side.append(padded.transpose(1, 2))                 # [B, heads, S, size]
+    # A row alone needs no mask and no padding. split() makes no copies, and its backward makes one.
     options["is_causal"] = True
-    output, _ = sdpa_attention_forward(module, *side_by_side, None, **options)
-    rows = [row[:length] for row, length in zip(output, row_lengths)]
-    return torch.cat(rows)[None], None
+    outputs = []
+    for row in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value))):
+        outputs.append(sdpa_attention_forward(module, *row, None, **options)[0])
+    return torch.cat(outputs, 1), None
 
 
 AttentionInterface.register("sdpa", attend)
