@@ -362,8 +362,8 @@ CREDIT = {
 
 
 def grid():
-    """12 cells an arm: four weights of the KL times three ways of credit. The best cells of two arms
-    lay at an edge, so both axes are wider for all arms, on three of the seeds, and PPO-RLHF's
+    """12 cells an arm: four weights of the KL times three ways of credit. The best cells of two
+    arms lay at an edge, so both axes are wider for all arms, on three of the seeds, and PPO-RLHF's
     once more"""
     cells = []
     for seed in TUNING_SEEDS:

@@ -150,10 +150,30 @@ def sft_table(found):
     return markdown_table(["lr", "epochs", "win rate", "seeds"], rows)
 
 
+HORIZONS = (("short", "3 to 5"), ("medium", "8 to 12"), ("long", "20 to 30"))
+
+
+def horizons_summary(found):
+    """(a) in one row a horizon, as README has it"""
+    rows = []
+    for world, items in HORIZONS:
+        arms = {arm: found.get((world, f"horizons_{arm}"), {}) for arm in NAMES}
+        if not arms["sequence"] or not arms["gamma0"]:
+            continue
+        ceilings = [row["ceiling"] for row in arms["sequence"].values()]
+        row = [items, f"{mean_and_error(ceilings)[0]:.1f}"]
+        row += [win(arms[arm]) for arm in ("sequence", "gamma1", "gamma05", "gamma0")]
+        row += [difference(arms["gamma0"], arms["sequence"], step) for step in (10, 25, None)]
+        rows.append(row)
+    header = ["items", "ceiling", "sequence level", "gamma 1", "gamma 0.5", "gamma 0",
+              "gamma 0 minus sequence level at step 10", "at step 25", "at the end"]
+    return markdown_table(header, rows)
+
+
 def horizons_table(found):
     """(a): one row a horizon and arm"""
     rows = []
-    for world, items in (("short", "3 to 5"), ("medium", "8 to 12"), ("long", "20 to 30")):
+    for world, items in HORIZONS:
         sequence = found.get((world, "horizons_sequence"), {})
         for arm in NAMES:
             cells = found.get((world, f"horizons_{arm}"), {})
@@ -216,24 +236,28 @@ def reward_models_table(found):
 # ---------------------------------------------------------------- the figure
 
 COLOURS = {"gamma0": "#0072b2", "gamma05": "#56b4e9", "gamma1": "#009e73", "sequence": "#d55e00"}
-WIDTH, HEIGHT, GAP, LEFT, TOP = 250, 230, 30, 46, 34  # of a panel and its margins, in pixels
+WIDTH, HEIGHT, GAP, LEFT, TOP = 250, 230, 30, 56, 34  # of a panel and its margins, in pixels
 
 
 def figure(found):
     """(a) as an SVG: a panel a horizon; x: PPO steps, y: win rate, mean over seeds"""
     parts = []
-    for number, (world, words) in enumerate((("short", "3 to 5 items"),
-                                             ("medium", "8 to 12 items"),
-                                             ("long", "20 to 30 items"))):
-        parts.append(panel(found, world, words, LEFT + number * (WIDTH + GAP)))
+    for number, (world, items) in enumerate(HORIZONS):
+        parts.append(panel(found, world, f"{items} items", LEFT + number * (WIDTH + GAP)))
+    middle = LEFT + (3 * WIDTH + 2 * GAP) / 2
+    parts.append(f'<text x="{middle}" y="{TOP + HEIGHT + 32}" text-anchor="middle">'
+                 'PPO steps</text>')
+    side = TOP + HEIGHT / 2
+    parts.append(f'<text x="12" y="{side}" text-anchor="middle" transform="rotate(-90 12 {side})">'
+                 'win rate, %</text>')
     x = LEFT
     for arm, colour in COLOURS.items():
-        parts.append(f'<rect x="{x}" y="{TOP + HEIGHT + 40}" width="18" height="4" '
-                     f'fill="{colour}"/><text x="{x + 24}" y="{TOP + HEIGHT + 46}">'
+        parts.append(f'<rect x="{x}" y="{TOP + HEIGHT + 50}" width="18" height="4" '
+                     f'fill="{colour}"/><text x="{x + 24}" y="{TOP + HEIGHT + 56}">'
                      f'{NAMES[arm]}</text>')
         x += 190
-    width = LEFT + 3 * WIDTH + 2 * GAP + 10
-    height = TOP + HEIGHT + 60
+    width = LEFT + 3 * WIDTH + 2 * GAP + 20
+    height = TOP + HEIGHT + 68
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
             f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" '
             f'fill="#333"><rect width="{width}" height="{height}" fill="#fff"/>'
@@ -257,8 +281,9 @@ def panel(found, world, words, left):
         parts.append(f'<path d="M{left} {y}h{WIDTH}" stroke="#ddd"/>')
         if rate % 20 == 0:
             parts.append(f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{rate}</text>')
-    parts.append(f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 28}" text-anchor="middle">'
-                 f'PPO steps (0 to {last_step})</text>')
+    for step in range(0, last_step + 1, 25):
+        x = at(step, low).split(",")[0]
+        parts.append(f'<text x="{x}" y="{TOP + HEIGHT + 16}" text-anchor="middle">{step}</text>')
     ceilings = [row["ceiling"] for rows in cells.values() for row in rows.values()]
     if ceilings:
         y = at(0, mean_and_error(ceilings)[0]).split(",")[1]
@@ -323,7 +348,8 @@ def sections(found):
              grid_table(found)),
             ("How many steps (seeds 100 to 102)", lengths_table(found)),
             ("SFT on the edited answers (seeds 100 to 102)", sft_table(found)),
-            ("(a) Horizons", horizons_table(found)),
+            ("(a) Horizons: win rate at the end, and paired differences", horizons_summary(found)),
+            ("(a) Every arm", horizons_table(found)),
             ("(b) Without RL", simple_table(found, "policy", WITHOUT_RL)),
             ("(b) Reward models", reward_models_table(found)),
             ("(c) Labels and editors", simple_table(found, "pairs", EDITS)),
