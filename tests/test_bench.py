@@ -1,6 +1,7 @@
 """extras/bench: what it counts, and that its command runs. Times are not tested.
 pytest tests/test_bench.py"""
-import sys
+import json, sys
+from types import SimpleNamespace
 
 import pytest, torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "extras/bench"))
-import flops, world
+import flops, gpu, world
 
 
 @pytest.mark.parametrize("name", ["tiny", "A"])
@@ -71,3 +72,39 @@ def test_a_trainer_that_fails_is_reported(tmp_path):
                f"--before={tmp_path}", f"--out={tmp_path}/out", ok=False)
     assert done.returncode == 2 and done.stdout == ""
     assert "before, fp32 ended early" in done.stderr and "No module named 'ppo'" in done.stderr
+
+
+def test_the_checks_of_a_gpu(tmp_path):
+    """The complete command, tiny, without a GPU"""
+    done = run("extras/bench/gpu.py", "--small", f"--out={tmp_path}")
+    words = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
+    names = ["first ratio", "KL at step 0", "log-probs", "resume after a kill"]
+    assert [line[7:].partition(":")[0] for line in words] == names
+    assert "NOT ok" not in done.stdout and "all checks ok" in done.stdout
+    row = [line for line in done.stdout.splitlines() if line.startswith("| tiny")][0].split(" | ")
+    tokens_per_s, mfu, memory = float(row[1]), float(row[2].rstrip("%")), float(row[4].split()[0])
+    assert tokens_per_s > 0 and 0 <= mfu < 100 and 0.1 < memory < 3
+
+    # The killed run really was: its third step began twice.
+    assert (tmp_path / "killed.log").exists() and (tmp_path / "resumed.log").exists()
+    assert "2 of them done" in (tmp_path / "resumed.log").read_text()
+
+    # A single bit of difference is found.
+    args = SimpleNamespace(out=str(tmp_path))
+    assert gpu.differences(args, "whole", "again") == []
+    weights = tmp_path / "again/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    log = tmp_path / "again/metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[3]["kl"] += 1e-9
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gpu.differences(args, "whole", "again") == ["the model's weights", "step 3: kl"]
+
+
+def test_a_run_that_fails_is_not_ok(tmp_path, capsys):
+    args = SimpleNamespace(out=str(tmp_path), ranks=1)
+    assert not gpu.run(args, "whole", dict(policy=str(tmp_path / "nothing")))
+    assert "NOT ok whole: exit code 2" in capsys.readouterr().out
+    assert gpu.FAILED == ["whole"]

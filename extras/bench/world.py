@@ -27,7 +27,9 @@ class Size:
 SIZES = {
     "tiny": Size(32, 88, 2, 2, 1, 300, 16, 4),  # for the tests
     "A": Size(256, 688, 6, 4, 4, 4096, 64, 16),
-    "B": Size(576, 1536, 10, 9, 3, 49152, 16, 8)}
+    "B": Size(576, 1536, 10, 9, 3, 49152, 16, 8),
+    "135M": Size(576, 1536, 30, 9, 3, 49152, 256, 16),  # SmolLM2's and Llama 3.2's, for gpu.sh
+    "1B": Size(2048, 8192, 16, 32, 8, 128256, 128, 8)}
 
 
 def response_lengths(kind, n):
