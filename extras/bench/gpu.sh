@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does ppo.py work on this machine's GPUs, and how fast? One command, no network, under ten minutes:
+# Does ppo.py work on this machine's GPUs, and how fast? One command, no network, minutes:
 #
 #     bash extras/bench/gpu.sh            # on all GPUs, with torchrun where there are several
 #     bash extras/bench/gpu.sh --small    # tiny models: a minute on a CPU
