@@ -24,7 +24,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PYTHON = os.environ.get("PYTHON_EXEC", sys.executable)  # torchrun reads the same variable
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE))
 import flops, world
 
 # Dense bfloat16 TFLOP/s of the data sheets; the first name found in the card's name counts.
