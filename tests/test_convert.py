@@ -632,12 +632,12 @@ def test_datasets_opens_what_we_write(world, tmp_path):
     assert read[0] == OF_TURNS | {"output": "5"}
 
 
-# ---------------------------------------------------------------- the README's example
+# ---------------------------------------------------------------- an example in docs
 
 
-def test_the_readmes_example(tmp_path):
-    """The row that README.md shows comes out as it says"""
-    text = (ROOT / "README.md").read_text()
-    given, expected = [json.loads(line) for line in text.split("\n")
-                       if line.startswith(('    {"chosen"', '    {"instruction"'))]
+def test_the_example_of_docs_data(tmp_path):
+    """The row that docs/data.md shows comes out as it says"""
+    text = (ROOT / "docs/data.md").read_text()
+    lines = text[text.index('    {"chosen"'):].split("\n")
+    given, expected = map(json.loads, lines[:2])
     assert convert(tmp_path, given) == {"pref": [expected]}

@@ -1043,7 +1043,7 @@ def test_dry_run(monkeypatch, capsys):
     assert f"dollars        {(3 * round(tokens) + 15 * output) / 1e6:,.2f} ($3 and $15" in text
     write(
         [{"instruction": f"{i:0168}", "input": "", "original": f"{i:0515}"} for i in range(10_000)]
-    )  # the README's figures
+    )  # the figures of docs/data.md
     for batch, price in ((False, "27.00"), (True, "13.50")):
         edit.main(edit.Config(data="pref.jsonl", dry_run=True, batch_api=batch))
         text = capsys.readouterr().out

@@ -1,0 +1,153 @@
+"""The pages in docs/ and README.md say what the code does. pytest tests/test_docs.py"""
+import ast, json, re
+
+import pytest
+
+import ppo
+from conftest import PPO, RM, ROOT, rows_of, run
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("extras/**/*.py"),
+           *ROOT.glob("data/*/*.py")]
+HOLE = "\0"  # where a message fills something in
+
+
+def links_of(text):
+    """The targets of a page's links and pictures, but not those inside of code"""
+    text = re.sub(r"`[^`\n]*`", "", text)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors_of(text):
+    """The headings of a page as GitHub's anchors"""
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_go_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in links_of(text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    """`docs/x.md`, `data/x/prepare.py`, `extras/x`, ... in code"""
+    text = page.read_text(encoding="utf-8")
+    folders = "docs|tests|extras|plumbing|config"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*\w)`", text):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+# ---------------------------------------------------------------- messages
+
+
+def strings_of(path):
+    """All string literals of a file, HOLE where an f-string fills something in"""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", "") if isinstance(part, ast.Constant) else HOLE
+                     for part in node.values]
+            found.append("".join(parts))
+    return found
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code():
+    """Each "..." of a message may be anything; all other words must follow each other in one string
+    of the code"""
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    ours = text.split("\n## Our messages\n")[1].split("\n## ")[0]
+    messages = re.findall(r"(?m)^\| `([^`]+)` \|", ours)
+    messages += [found for found in re.findall(r"`([^`\n]+ step \.\.\.:?)`", ours)]
+    assert len(messages) > 30
+    strings = {text for path in SOURCES for text in strings_of(path)}
+    for message in messages:
+        pattern = ".*".join(re.escape(part) for part in message.split("..."))
+        assert any(re.search(pattern, text, re.DOTALL) for text in strings), message
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_the_rows_of_data_md_are_read(tmp_path):
+    """Each example row in docs/data.md has the fields that its stage asks for"""
+    from plumbing.files import read_jsonl
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    fields = {
+        "sft.jsonl": {"instruction": str, "input": str, "output": str},
+        "pref.jsonl": {"instruction": str, "input": str, "output_1": str, "output_2": str,
+                       "preference": (1, 2)},
+        "prompts.jsonl": {"instruction": str, "input": str},
+        "eval.jsonl": {"instruction": str, "input": str, "output": str, "generator": str},
+    }
+    for name, kinds in fields.items():
+        row = re.search(rf"(?m)^{re.escape(name)}[^\n]*\n(?:[^\n]+\n)*\n    (\{{.*\}})$", text)
+        path = tmp_path / name
+        path.write_text(row.group(1) + "\n", encoding="utf-8")
+        assert list(read_jsonl(path, kinds)[0]) == list(kinds), name
+
+
+def test_the_worse_answer_of_data_md_is_edited(tmp_path):
+    """The sentence about `preference` is true: the editor gets the other answer"""
+    import edit
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    assert "**`preference` is 1: `output_1` is better. It is 2:\n`output_2` is better.**" in text
+    row = json.loads(re.search(r'(?m)^    (\{.*"preference".*\})$', text).group(1))
+    path = tmp_path / "pref.jsonl"
+    for preference, worse in ((1, row["output_2"]), (2, row["output_1"])):
+        path.write_text(json.dumps(row | {"preference": preference}) + "\n", encoding="utf-8")
+        (asked,) = edit.read_rows(edit.Config(data=str(path))).values()
+        assert asked["original"] == worse
+
+
+# ---------------------------------------------------------------- metrics
+
+
+@pytest.fixture(scope="module")
+def logged_by(world, tmp_path_factory):
+    """stage -> the names of the numbers that it logs"""
+    home = tmp_path_factory.mktemp("logged")
+    run("reward_model.py", f"--model={world}/sft", f"--data={world}/diffs.jsonl", *RM, "--steps=2",
+        f"--eval_data={world}/diffs.jsonl", f"--out={home}/rm")
+    run("ppo.py", f"--policy={world}/sft", f"--reward_model={world}/rm",
+        f"--data={world}/data/prompts.jsonl", *PPO, f"--out={home}/ppo")
+    folders = {"ppo.py": home / "ppo", "reward_model.py": home / "rm", "sft.py": world / "sft"}
+    return {stage: {name for row in rows_of(folder / "metrics.jsonl") for name in row}
+            for stage, folder in folders.items()}
+
+
+@pytest.mark.parametrize("stage", ["ppo.py", "reward_model.py", "sft.py"])
+def test_metrics_md_has_a_row_for_each_number(stage, logged_by):
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {stage}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"(?m)^\| (`[^|]*) \|", section.replace("\\|", ""))
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    fifths = {f"explained_variance_{k}" for k in range(1, 6)}
+    assert named == logged_by[stage] - {"step"} - fifths
+
+
+def test_metrics_md_has_the_thresholds_of_the_alarms():
+    """Its numbers are those at which the code's own alarms begin"""
+    import torch
+    from extras import alarms
+    cfg = ppo.Config()
+    fine = dict(first_ratio_error=0.0, kl=0.0, approx_kl=0.0, eos_share=1.0, response_length=20.0,
+                return_sd=1.0, reward=0.0)
+    cases = {"first_ratio_error": (0.9e-4, 1.1e-4), "kl": (59.0, 61.0), "approx_kl": (0.09, 0.11),
+             "eos_share": (0.01, 0.0), "return_sd": (1.1e-8, 0.9e-8)}
+    for name, (quiet, loud) in cases.items():
+        assert not alarms.alarms(cfg, [fine | {name: quiet}], torch.float32), name
+        assert len(alarms.alarms(cfg, [fine | {name: loud}], torch.float32)) == 1, name
+    for length, count in ((29.0, 0), (31.0, 1)):
+        history = [fine] * 9 + [fine | {"response_length": length}]
+        assert len(alarms.alarms(cfg, history, torch.float32)) == count
