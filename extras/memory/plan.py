@@ -174,8 +174,8 @@ def phases(policy, value, ranks, cfg, c=2):
     for held in (4, c):
         scores.append(scoring(value, held, cfg.score_micro_batch, "values"))
     step = dict.fromkeys(PARTS, 0)
-    # Adam takes a square root of all moments at once.
-    step |= dict(weights=rest["weights"], gradients=trained, optimizer=moments + trained)
+    # The fused Adam works in place.
+    step |= dict(weights=rest["weights"], gradients=trained, optimizer=moments)
     return {
         "at rest": {part: rest.get(part, 0) for part in PARTS},
         "rollout": with_rest(policy, 4, rollout),
