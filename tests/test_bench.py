@@ -56,7 +56,8 @@ def test_the_command(tmp_path):
     """Each trainer alternates with the floor, and the table has what the models were given. A
     rollout reads real tokens only."""
     done = run("extras/bench/bench.py", "--sizes=tiny", "--lengths=natural", "--dtypes=float32",
-               "--stages=ppo,decode", "--repeats=1", f"--out={tmp_path}", f"--before={ROOT}")
+               "--stages=ppo,sft,reward_model,decode", "--repeats=1", f"--out={tmp_path}",
+               f"--before={ROOT}")
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ppo")]
     assert [row[1] for row in rows] == ["before, fp32", "ours, fp32"]
     for row in rows:
@@ -64,7 +65,11 @@ def test_the_command(tmp_path):
         assert rollout == 1.0 and 1.0 <= score < 2 and 1.0 <= update < 2
         wall, cpu, gb = float(row[2].split()[0]), float(row[4]), float(row[5])
         assert wall > 0 and cpu > 0 and 0.1 < gb < 3
-    assert "| floor |" in done.stdout and "| decode tiny" in done.stdout
+    for stage in ("sft", "reward_model", "decode"):
+        rows = [line.split(" | ") for line in done.stdout.splitlines() if f"| {stage} " in line]
+        assert [row[1] for row in rows] == ["before, fp32", "ours, fp32"]
+        assert all(1.0 <= float(row[6]) < 2 for row in rows)
+    assert done.stdout.count("| floor |") == 4
 
 
 def test_a_trainer_that_fails_is_reported(tmp_path):

@@ -2,7 +2,8 @@
 
     python extras/bench/bench.py                                    # minutes; no network
     python extras/bench/bench.py --trl_python=VENV/bin/python       # next to TRL's PPOTrainer
-    python extras/bench/bench.py --before=FOLDER    # next to another checkout of this project
+    python extras/bench/bench.py --before=FOLDER    # next to another checkout of this project, or
+                                                    # to several: FOLDER,FOLDER
     python extras/bench/bench.py --stages=sft,reward_model,decode
 
 For TRL: python -m venv VENV && VENV/bin/pip install torch==2.13.0 trl==1.10.0
@@ -80,10 +81,11 @@ def trainers(args, stage):
     found = []
     for dtype in args.dtypes:
         short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-        if args.before:
-            found.append((f"before, {short}", stage, PYTHON, args.before, dtype))
+        for code in args.before:
+            name = "before" if len(args.before) == 1 else Path(code).name
+            found.append((f"{name}, {short}", stage, PYTHON, code, dtype))
         found.append((f"ours, {short}", stage, PYTHON, here, dtype))
-        if args.trl_python and stage == "ppo":
+        if args.trl_python and stage == "ppo" and dtype in args.trl_dtypes:
             found.append((f"TRL, {short}", "trl", args.trl_python, here, dtype))
     return found
 
@@ -193,7 +195,8 @@ def main(words):
     flags.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     flags.add_argument("--repeats", type=int, default=3, help="counted steps of each trainer")
     flags.add_argument("--trl_python", help="the python of an environment with trl==1.10.0")
-    flags.add_argument("--before", help="a checkout of this project to compare with")
+    flags.add_argument("--trl_dtypes", type=names, default=["float32", "bfloat16"])
+    flags.add_argument("--before", type=names, default=[], help="checkouts to compare with")
     flags.add_argument("--out", default="out/bench")
     args = flags.parse_args(words)
 

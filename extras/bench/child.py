@@ -148,6 +148,7 @@ def timed_steps(stage):
 def sft_child(cfg, size, lengths):
     import sft
     timed_steps(sft)
+    sft.alpaca_template = lambda tokenizer: None  # it is made of words, and nothing is saved here
     home = cfg["world"]
     sft.main(sft.Config(model=f"{home}/policy", data=f"{home}/sft.jsonl", out=cfg["out"],
                         overwrite=True, dtype=cfg["dtype"], epochs=1_000_000, batch=size.rows,
@@ -159,7 +160,7 @@ def reward_model_child(cfg, size, lengths):
     timed_steps(reward_model)
     home = cfg["world"]
     reward_model.main(reward_model.Config(
-        model=f"{home}/policy", data=f"{home}/pref.jsonl", out=cfg["out"], loss="sequence",
+        model=f"{home}/policy", data=[f"{home}/pref.jsonl"], out=cfg["out"], loss="sequence",
         overwrite=True, dtype=cfg["dtype"], epochs=1_000_000, batch=size.rows // 2,
         micro_batch=size.micro_batch // 2, resume_every=10 ** 9))
 
