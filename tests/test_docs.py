@@ -1,10 +1,11 @@
 """The pages in docs/ and README.md say what the code does. pytest tests/test_docs.py"""
-import ast, json, re
+import ast, functools, json, re, shlex, subprocess
 
 import pytest
 
 import ppo
-from conftest import PPO, RM, ROOT, rows_of, run
+from conftest import PPO, RM, ROOT, python, rows_of, run
+from test_house import STAGES, copy_of_the_project
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("extras/**/*.py"),
@@ -151,3 +152,139 @@ def test_metrics_md_has_the_thresholds_of_the_alarms():
     for length, count in ((29.0, 0), (31.0, 1)):
         history = [fine] * 9 + [fine | {"response_length": length}]
         assert len(alarms.alarms(cfg, history, torch.float32)) == count
+
+
+# ---------------------------------------------------------------- README
+
+
+def test_the_lines_of_the_six_files_are_right_to_10_percent():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"(?m)^\| \[(\w+\.py)\]\(\w+\.py\) \|[^|]*\| (\d+) \|", text))
+    assert set(said) == {f"{stage}.py" for stage in STAGES}
+    said["common.py"] = re.search(r"`common\.py` \((\d+) lines", text).group(1)
+    for name, lines in said.items():
+        there = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(int(lines) - there) <= there / 10, f"README says {lines} lines of {name}: {there}"
+
+
+def test_the_readme_is_a_first_screen():
+    """Short, the paper's link at the beginning, and the set-up that .ci/run takes"""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.split("\n")
+    assert len(lines) < 220
+    assert "arxiv.org/abs/2406.02756" in "\n".join(lines[:12])
+    assert "    pip install -r requirements.txt && pytest" in lines
+    torch = re.search(r"(?m)^torch==\S+", (ROOT / "requirements.txt").read_text()).group()
+    assert f"    pip install {torch} --index-url https://download.pytorch.org/whl/cpu" in lines
+
+
+# ---------------------------------------------------------------- commands
+
+
+def commands_of(page):
+    """The commands in a page's indented blocks, a line that ends in a backslash with the next one,
+    without comments"""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    words = r"git|python|pip|bash|torchrun|cp|[A-Z_]+=\S+"
+    found = []
+    for line in re.findall(rf"(?m)^    ((?:{words}) .+)$", text):
+        found.append(" ".join(line.split("  #")[0].split(" # ")[0].split()))
+    return found
+
+
+# The pages with commands. docs/changes/ is run by test_changes.py, docs/lesson.md by test_lesson.py.
+WITH_COMMANDS = ["README.md", "docs/by_hand.md", "docs/data.md", "docs/families.md",
+                 "docs/machines.md", "docs/memory.md"]
+
+# What a command begins with -> why no test here runs it. Its flags are checked nevertheless.
+NOT_RUN = {
+    "git clone": "needs the network",
+    "python -m venv": "CI makes one (.ci/run)",
+    "pip install": "CI does it (.ci/run)",
+    "bash demo.sh": "test_demo.py, with small sizes",
+    "ANTHROPIC_API_KEY=... bash paper.sh": "test_paper.py, with a stand-in for Claude",
+    "MODEL=FOLDER bash extras/study/study.sh": "hours; test_study.py runs its parts",
+    "FAMILIES=all pytest": "a test",
+    "torchrun": "eight GPUs, or two machines; test_stages.py runs the stages on two ranks",
+    "python data/alpacafarm/prepare.py": "a download; test_alpacafarm.py",
+    "python data/paradetox/prepare.py": "a download; test_real.py",
+    "python data/qa_feedback/prepare.py": "a download; test_real.py",
+    "python data/convert/prepare.py": "test_convert.py",
+    "python sft.py config/small.toml": "needs a model; test_real.py runs this preset",
+    "python edit.py config/small.toml": "needs a key; test_edit.py",
+    "python edit.py data/alpacafarm": "needs a key; test_edit.py",
+    "python diff.py": "needs an earlier stage's files; test_stages.py",
+    "python reward_model.py": "needs an earlier stage's files; test_stages.py",
+    "python ppo.py": "needs an earlier stage's files; test_stages.py, test_ppo.py",
+    "python edit.py stats": "needs an earlier stage's files; test_edit.py",
+    "python evaluate.py": "needs an earlier stage's files; test_evaluate.py, test_ask.py",
+    "WORLD_SIZE=8 python ppo.py --plan": "test_plan.py",
+}
+
+
+def on_the_demo():
+    """README's commands on what the demo left"""
+    return [line for line in commands_of(ROOT / "README.md")
+            if line.startswith("python") and "out/demo" in line]
+
+
+def test_each_command_is_run_or_is_on_the_list():
+    listed = set()
+    for name in WITH_COMMANDS:
+        for command in commands_of(ROOT / name):
+            known = [begin for begin in NOT_RUN if command.startswith(begin)]
+            listed.update(known)
+            assert known or command in on_the_demo(), f"{name}: {command}"
+    assert listed == set(NOT_RUN), set(NOT_RUN) - listed
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name != "lesson.md" and f"docs/{page.name}" not in WITH_COMMANDS:
+            assert not commands_of(page), page
+
+
+@functools.cache
+def manual(*words):
+    return run(*words, "--help").stdout
+
+
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_each_flag_is_in_the_stages_manual(name):
+    for command in commands_of(ROOT / name):
+        words = shlex.split(command)
+        scripts = [word for word in words if word.endswith(".py")]
+        if not scripts:
+            continue
+        script = scripts[0]
+        following = words[words.index(script) + 1:]
+        word = [following[0]] if following and re.fullmatch("[a-z]+", following[0]) else []
+        known = manual(script, *word)
+        for flag in re.findall(r"--(\w+)", " ".join(following)):
+            assert re.search(rf"(?m)^ *{flag}: ", known), f"{name}: {command}: --{flag}"
+
+
+@pytest.fixture(scope="module")
+def demo(world, tmp_path_factory):
+    """A copy of the project in which out/demo is the small world"""
+    home = copy_of_the_project(tmp_path_factory.mktemp("demo") / "home")
+    left = home / "out/demo"
+    left.mkdir(parents=True)
+    for name in ("data", "sft", "edits.jsonl"):
+        (left / name).symlink_to(world / name)
+    (left / "rm_token").symlink_to(world / "rm")
+    (left / "ppo_gamma0").symlink_to(world / "sft")
+    (left / "edits_heldout.jsonl").symlink_to(world / "edits.jsonl")
+    run("evaluate.py", "decode", f"--model={world}/sft", f"--data={world}/data/eval.jsonl",
+        f"--out={left}/outputs.jsonl", "--response_len=12", "--batch=8")
+    for arm in ("ppo_token", "ppo_fine"):
+        run("evaluate.py", "judge", "--judge=gold", f"--outputs={left}/outputs.jsonl",
+            f"--reference={world}/data/eval.jsonl", f"--out={left}/{arm}/annotations.jsonl")
+    return home
+
+
+def test_the_commands_of_now_look_work_as_pasted(demo):
+    commands = on_the_demo()
+    assert len(commands) >= 5
+    for command in commands:
+        done = subprocess.run([python(), *shlex.split(command)[1:]], cwd=demo, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        assert done.stdout.strip(), command
