@@ -14,7 +14,7 @@ TABLES = ("prepare sft edit edit.stats diff diff.show reward_model reward_model.
 
 # Fields that hold a path: a leading ~ means the home folder.
 PATHS = ("data out model policy reward_model eval_data tokenizer outputs reference html source "
-         "train guide json").split()
+         "train guide json svg").split()
 # The others send requests or write one file, so a second process would do their work twice.
 MANY_PROCESSES = "sft reward_model ppo evaluate.decode evaluate.judge evaluate.rewards".split()
 BOOLS = {"true": True, "1": True, "false": False, "0": False}

@@ -33,7 +33,9 @@ def colours(labels):
 
 def light(svg):
     """The variables of style.css, replaced by the light colours"""
-    values = dict(re.findall(r"(--[\w-]+): (#\w+)", STYLE.split("@media")[0]))
+    values = {}
+    for name, value in re.findall(r"(--[\w-]+): (#\w+|\d+ \d+ \d+)", STYLE.split("@media")[0]):
+        values[name] = value.replace(" ", ",")
     return re.sub(r"var\((--[\w-]+)\)", lambda found: values.get(found[1], found[0]), svg)
 
 

@@ -3,6 +3,7 @@
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of one or two files
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl --n=20 --json=out/painted.json
+    python reward_model.py show --model=out/rm out/edits.jsonl --row=3 --svg=out/picture.svg
 
 evaluate.py report shows one prompt before and after PPO, from a painted.json next to the runs.
 """
@@ -19,6 +20,8 @@ from common import (encode_prompt, encode_response, load_model, load_tokenizer, 
                     setup, token_heads, total_rewards)
 from diff import align
 from extras.pages import heat, is_ours, question_html, safe, write_show_page
+from extras.report.picture import MARK as PICTURE_MARK
+from extras.report.picture import picture
 from extras.tokens import token_texts
 from plumbing.command_line import load_config
 from plumbing.files import (ANY, COUNT, check_input, check_numbers, read_jsonl, replacing,
@@ -36,8 +39,10 @@ class Config:
     model: str = "out/rm"
     data: list[str] = ()            # files of answers: outputs.jsonl or edits.jsonl
     n: int = 3                      # rows
+    row: int = 1                    # the first of them, as it is numbered in the first file
     html: str | None = None         # a page to write, instead of the terminal
     json: str | None = None         # the same as numbers, instead of the terminal
+    svg: str | None = None          # a picture of one row of edits: plain, edited, painted
     seed: int = 0                   # unused; every stage has one
     overwrite: bool = False         # replace a file that is no page of ours
 
@@ -114,11 +119,14 @@ def show_answers(cfg):
     check_model(cfg.model, "model", "python reward_model.py")
     check_fits(cfg.model, "model", 0, head="saved")
     level = reward_level(cfg.model)
-    check_numbers(cfg, n=COUNT, seed=ANY)
+    check_numbers(cfg, n=COUNT, row=COUNT, seed=ANY)
     if not cfg.data:
         fail("show needs files of answers")
     if cfg.json and not cfg.overwrite and not is_ours(cfg.json, f'"made_by": "{MADE_BY}"'):
         fail(f"--json={cfg.json} is no file of show's; choose another, or replace it with "
+             "--overwrite=true")
+    if cfg.svg and not cfg.overwrite and not is_ours(cfg.svg, PICTURE_MARK):
+        fail(f"--svg={cfg.svg} is no picture of show's; choose another, or replace it with "
              "--overwrite=true")
     for path in cfg.data:
         check_input(path, "data", "python evaluate.py decode, or python edit.py")
@@ -127,13 +135,19 @@ def show_answers(cfg):
     for path, file in zip(cfg.data, files):
         if not any(isinstance(file[0].get(name), str) for name in NAMES):
             fail(f"{path} holds no answers to show: its rows need output, or original and edited")
+    if cfg.row > len(files[0]):
+        fail(f"--row={cfg.row}: {cfg.data[0]} has {len(files[0])} rows")
+    if cfg.svg and not has_an_edit(files[0][cfg.row - 1]):
+        fail(f"--svg needs an edit: row {cfg.row} of {cfg.data[0]} has none; name another --row of "
+             "a file of edits")
 
     # Score the answers of all files, question by question.
     tokenizer = load_tokenizer(cfg.model)
     device, mesh, dtype = setup()
     model = load_model(cfg.model, device, mesh, dtype, head="saved", frozen=True)
     scored = []
-    for number, first in enumerate(files[0][:cfg.n]):
+    start = cfg.row - 1
+    for number, first in list(enumerate(files[0]))[start:start + cfg.n]:
         answers = []
         for path, row in zip(cfg.data, rows_about(files, number)):
             if row:
@@ -144,7 +158,9 @@ def show_answers(cfg):
         rewards_page(cfg, scored)
     if cfg.json:
         write_numbers(cfg, scored, level)
-    if not cfg.html and not cfg.json:
+    if cfg.svg:
+        write_picture(cfg, *scored[0])
+    if not cfg.html and not cfg.json and not cfg.svg:
         print_rewards(scored)
 
 
@@ -162,7 +178,7 @@ def rewards_page(cfg, scored):
     """The same as a page; tokens that the edit changed are underlined"""
     sections = []
     scale = largest_reward(scored)
-    for number, (row, answers) in enumerate(scored, 1):
+    for number, (row, answers) in enumerate(scored, cfg.row):
         painted = []
         for answer in answers:
             heading = f"{safe(title_of(answer))} <span class=quiet>R = {answer['R']:+.3f}</span>"
@@ -190,6 +206,21 @@ def write_numbers(cfg, scored, level):
     with replacing(cfg.json) as file:
         file.write(whole_characters(json.dumps(numbers, ensure_ascii=False) + "\n"))
     say(f"{cfg.json}: {len(rows)} {'row' if len(rows) == 1 else 'rows'}")
+
+
+def has_an_edit(row):
+    """Does a row of edits.jsonl hold an answer that the edit changed?"""
+    return bool(row.get("original") and row.get("edited")) and row["original"] != row["edited"]
+
+
+def write_picture(cfg, row, answers):
+    """The first answer of a row, its edit and its rewards as one SVG file"""
+    sides = {answer["field"]: answer for answer in reversed(answers)}
+    if "original" not in sides:
+        fail(f"--svg: row {cfg.row} of {cfg.data[0]} holds a special token's text; name another")
+    with replacing(cfg.svg) as file:
+        file.write(whole_characters(picture(row, sides["original"], sides["edited"])))
+    say(f"{cfg.svg}: row {cfg.row} of {cfg.data[0]}")
 
 
 def main(argv):
