@@ -1,7 +1,7 @@
 """Stage 4. PPO with a reward at every token, or at the end.
 
     torchrun --nproc_per_node=8 ppo.py              # the paper's run: out/sft + out/rm -> out/ppo
-    python ppo.py --policy=out/sft --reward_model=out/rm --data=data/toy/prompts.jsonl
+    python ppo.py config/demo.toml --data=data/toy/prompts.jsonl    # a toy model in out/sft, out/rm
     python ppo.py --level=sequence --reward_model=out/rm_sequence   # PPO-RLHF, the baseline
     WORLD_SIZE=8 python ppo.py --plan=true          # the memory of each phase; needs no GPU
 
