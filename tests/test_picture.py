@@ -1,4 +1,4 @@
-"""reward_model.py show --svg: one answer plain, edited and painted. docs/picture.svg is one of them.
+"""reward_model.py show --svg: an answer plain, edited and painted. docs/picture.svg is one of them.
 pytest tests/test_picture.py"""
 import re
 import xml.etree.ElementTree as ElementTree
