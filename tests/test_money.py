@@ -5,10 +5,11 @@ from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 import edit
 from plumbing import claude
+from plumbing.files import write_jsonl
 
 PAIR = dict(instruction="List four fruits.", input="", output_1="apple", output_2="pear\nsaw",
             preference=1)
@@ -139,3 +140,23 @@ def test_an_answer_that_differs_in_line_ends_only_is_no_edit():
         for reply, tag in ((text, None), (f"<edited>{text}</edited>", "edited")):
             reply = claude.Reply(reply, "end_turn", {})
             assert edit.read_reply(reply, original, tag)[0] == original
+
+
+def test_what_the_judge_costs(tmp_path):
+    """docs/by_hand.md has the dollars that --dry_run=true shows for texts of AlpacaEval's lengths"""
+    page = (ROOT / "docs/by_hand.md").read_text(encoding="utf-8")
+    for questions, dollars in ((805, "1.85"), (300, "0.69")):
+        rows = [dict(instruction=f"{i:0168}", output=f"{i:0515}", generator="reference")
+                for i in range(questions)]
+        write_jsonl(tmp_path / "eval.jsonl", rows)
+        ours = [row | dict(output=row["output"][::-1], generator="ours") for row in rows]
+        ours[0]["output"] = "1" * 515  # the reverse of zeros is no other answer
+        write_jsonl(tmp_path / "outputs.jsonl", ours)
+        done = run("evaluate.py", "judge", f"--outputs={tmp_path}/outputs.jsonl",
+                   f"--reference={tmp_path}/eval.jsonl", f"--out={tmp_path}/a.jsonl", "--dry_run",
+                   ANTHROPIC_API_KEY="")
+        assert f"dollars        {dollars} " in done.stdout, done.stdout[:500]
+        assert dollars in page and f"{questions} questions" in page
+    # 13 = SFT and the four kept steps of three PPO runs
+    total = 13 * 0.69 + 4 * 1.85
+    assert f"{total:.0f} dollars, and {total + 27:.0f} with the edits" in page
