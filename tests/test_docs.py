@@ -164,7 +164,7 @@ def test_the_lines_of_the_six_files_are_right_to_10_percent():
     said["common.py"] = re.search(r"`common\.py` \((\d+) lines", text).group(1)
     for name, lines in said.items():
         there = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(int(lines) - there) <= there / 10, f"README says {lines} lines of {name}: {there}"
+        assert abs(int(lines) - there) <= there / 10, f"{name}: README says {lines}, it has {there}"
 
 
 def test_the_readme_is_a_first_screen():
@@ -192,7 +192,7 @@ def commands_of(page):
     return found
 
 
-# The pages with commands. docs/changes/ is run by test_changes.py, docs/lesson.md by test_lesson.py.
+# The pages with commands. test_changes.py runs docs/changes/, test_lesson.py docs/lesson.md.
 WITH_COMMANDS = ["README.md", "docs/by_hand.md", "docs/data.md", "docs/families.md",
                  "docs/machines.md", "docs/memory.md"]
 
