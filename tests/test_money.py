@@ -143,7 +143,7 @@ def test_an_answer_that_differs_in_line_ends_only_is_no_edit():
 
 
 def test_what_the_judge_costs(tmp_path):
-    """docs/by_hand.md has the dollars that --dry_run=true shows for texts of AlpacaEval's lengths"""
+    """docs/by_hand.md has the dollars of --dry_run=true for texts as long as AlpacaEval's"""
     page = (ROOT / "docs/by_hand.md").read_text(encoding="utf-8")
     for questions, dollars in ((805, "1.85"), (300, "0.69")):
         rows = [dict(instruction=f"{i:0168}", output=f"{i:0515}", generator="reference")
