@@ -4,10 +4,12 @@
     positions   0 1 2 3 4   0 1 2   0 1 2 3 4
 
 Everything but the attention treats each token alone, so nothing changes for it. The attention is
-computed row by row. So the results are those of padded rows, except for float noise. Logits are
-computed where a response token is predicted, and nowhere else. Without this file, or where it is
-not exact, common.py computes padded rows.
+computed row by row, and for neighbours of one length at once. So the results are those of padded
+rows, except for float noise. Logits are computed where a response token is predicted, and nowhere
+else. Without this file, or where it is not exact, common.py computes padded rows.
 """
+import itertools
+
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -71,12 +73,17 @@ def attend(module, query, key, value, attention_mask, *, row_lengths=None, **opt
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
-    # A row alone needs no mask and no padding. split() makes no copies, and its backward makes one.
+    # Neighbours of one length are a batch [B, heads, S, size] without padding, which needs no mask.
+    # split() and unflatten() make no copies.
+    runs = [list(run) for _, run in itertools.groupby(row_lengths)]
+    splits = [x.split([sum(run) for run in runs], dim=2) for x in (query, key, value)]
     options["is_causal"] = True
     outputs = []
-    for row in zip(*(x.split(row_lengths, dim=2) for x in (query, key, value))):
-        outputs.append(sdpa_attention_forward(module, *row, None, **options)[0])
-    return torch.cat(outputs, 1), None
+    for run, *parts in zip(runs, *splits):
+        rows = [x[0].unflatten(1, (len(run), run[0])).transpose(0, 1) for x in parts]
+        output, _ = sdpa_attention_forward(module, *rows, None, **options)  # [B, S, heads, size]
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
 AttentionInterface.register("sdpa", attend)
