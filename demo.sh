@@ -72,20 +72,20 @@ wait $b
 
 
 # The rewards have different units. So kl_coef is a share of the standard deviation of each arm's
-# return at the first rollout (return_sd in metrics.jsonl): 16%, 1%, 4% and 2% of 2.02, 6.34, 0.41
-# and 9.07, the means of seeds 100 to 105. The shares, lam and reward_scale are the best of each
-# arm's grid (EXPERIMENTS.md).
+# return at the first rollout (return_sd in metrics.jsonl): 16%, 1%, 4% and 2% of 2.10, 6.30, 0.41
+# and 9.24, the means of seeds 100 to 105 (extras/study/toy.jsonl). The shares, lam and reward_scale
+# are the best of each arm's grid (EXPERIMENTS.md).
 title "four PPO runs: sequence level twice, token level as in the paper and at gamma 0"
 ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF FLAGS...
     stage "$1" ppo.py "${A[@]}" --policy="$OUT/sft" --data="$OUT/data/prompts.jsonl" \
         --reward_model="$OUT/$2" --level="$3" --kl_coef="$4" "${@:5}" --out="$OUT/$1"
 }
-ppo ppo_rlhf rm_original sequence 0.32 & a=$!
+ppo ppo_rlhf rm_original sequence 0.336 & a=$!
 ppo ppo_fine rm_edited sequence 0.063 --lam=0.95 & b=$!
 wait $a
 wait $b
 ppo ppo_token rm_token token 0.0162 --reward_scale=mean & a=$!
-ppo ppo_gamma0 rm_token token 0.18 --gamma=0 & b=$!
+ppo ppo_gamma0 rm_token token 0.185 --gamma=0 & b=$!
 wait $a
 wait $b
 

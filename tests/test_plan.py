@@ -42,12 +42,14 @@ def test_the_papers_run_fits_eight_gpus_and_not_one():
     assert value.params == policy.params - 32000 * 4096 + 4096
     peak = {ranks: plan.peak(policy, value, ranks, cfg) / 1e9 for ranks in (1, 4, 8)}
     assert 50 < peak[8] < 60, peak  # a simulation said 53.7
-    assert peak[4] > 70 and peak[1] > 240, peak
+    assert peak[4] > 70, peak
     rest = sum(plan.phases(policy, value, 8, cfg)["at rest"].values())
     bytes_per_weight = 4 + 8 + 2  # float32, Adam's two moments, and bfloat16 of the frozen copy
     assert rest == bytes_per_weight * (policy.params + value.params) / 8
     step = sum(plan.phases(policy, value, 8, cfg)["optimizer step"].values())
-    assert step == (bytes_per_weight + 4) * (policy.params + value.params) / 8  # gradients
+    with_gradients = (bytes_per_weight + 4) * (policy.params + value.params)
+    assert step == with_gradients / 8
+    assert peak[1] > with_gradients / 1e9, peak
 
 
 def test_the_fused_adam_works_in_place():

@@ -55,7 +55,8 @@ def rank(job):
         ppo.save_checkpoint = ppo.save_model = alarms.check_disk = lambda *args: None
     if job["dies"]:
         die_inside_the_update(ppo)
-    setup, placed = ppo.setup, []
+    setup = ppo.setup
+    placed = []
 
     def remembered(dtype):
         placed.append(setup(dtype))
@@ -69,12 +70,16 @@ def rank(job):
 
 def die_inside_the_update(ppo):
     """Every rank kills itself in step 2, between two optimizer steps"""
-    update, optimizer_step = ppo.update, ppo.optimizer_step
+    update = ppo.update
+    optimizer_step = ppo.optimizer_step
+
+    def step_and_die(*args):
+        optimizer_step(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def update_or_die(models, optimizer, rollout, cfg, step, *others):
         if step == 2:
-            ppo.optimizer_step = lambda *args: (optimizer_step(*args),
-                                                os.kill(os.getpid(), signal.SIGKILL))
+            ppo.optimizer_step = step_and_die
         return update(models, optimizer, rollout, cfg, step, *others)
 
     ppo.update = update_or_die

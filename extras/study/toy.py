@@ -271,14 +271,9 @@ def run_cells(cfg, cells):
     todo = unfinished(cfg, cells)
     logs = Path(cfg.out, "logs")
 
-    # The worlds.
-    jobs = {}
-    for world, seed in sorted({(cell.world, cell.seed) for cell in todo}):
-        if not (base_folder(cfg, world, seed) / "diffs_half.jsonl").exists():
-            jobs[f"{world}_{seed}"] = partial(make_base, cfg, world, seed)
-    run_jobs(jobs, cfg.workers, logs)
+    make_bases(cfg, {(cell.world, cell.seed) for cell in todo})
 
-    # Their reward models.
+    # The reward models.
     jobs = {}
     for world, seed, name in sorted({(cell.world, cell.seed, cell.reward_model) for cell in todo}):
         if not (base_folder(cfg, world, seed) / name / "rewards.json").exists():
@@ -302,6 +297,15 @@ def run_cells(cfg, cells):
         run_jobs(jobs, cfg.workers, logs)
     finally:
         collect(cfg, todo)
+
+
+def make_bases(cfg, worlds):
+    """Make the bases that are not there yet; worlds: (name, seed)"""
+    jobs = {}
+    for world, seed in sorted(worlds):
+        if not (base_folder(cfg, world, seed) / "diffs_half.jsonl").exists():
+            jobs[f"{world}_{seed}"] = partial(make_base, cfg, world, seed)
+    run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
 
 
 def unfinished(cfg, cells):
@@ -506,21 +510,22 @@ def run_sft(cfg):
     """Settings of SFT on the edited answers, on three of the tuning seeds"""
     done = finished_cells(cfg)
     seeds = TUNING_SEEDS[:3]
+    make_bases(cfg, {("medium", seed) for seed in seeds})
     jobs = {}
-    for seed in seeds:
-        if not (base_folder(cfg, "medium", seed) / "diffs_half.jsonl").exists():
-            jobs[f"medium_{seed}"] = partial(make_base, cfg, "medium", seed)
-    run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
-    jobs = {}
+    cells = []
     for seed in seeds:
         for lr in (3e-4, 1e-3, 2e-3, 4e-3):
             for epochs in (1, 3, 10):
                 name = f"sft_lr{lr:g}_epochs{epochs}"
+                cells.append(cell_without_rl(seed, name))
                 if ("medium", seed, name) not in done:
                     jobs[f"{name}_{seed}"] = partial(sft_cell, cfg, seed, name, lr, epochs)
     run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
-    collect(cfg, [Cell("medium", seed, job.rpartition("_")[0], "", "", 0.0)
-                  for job in jobs for seed in seeds])
+    collect(cfg, cells)
+
+
+def cell_without_rl(seed, name):
+    return Cell("medium", seed, name, reward_model="", level="", kl_share=0.0)
 
 
 def sft_cell(cfg, seed, name, lr, epochs):
@@ -534,12 +539,9 @@ def sft_cell(cfg, seed, name, lr, epochs):
     write_jsonl(edited, rows)
     stage(base / f"{name}.log", "sft.py", PRESET, f"--seed={seed}", f"--model={base}/sft",
           f"--data={edited}", f"--lr={lr:g}", f"--epochs={epochs}", f"--out={base}/{name}")
-    row = row_without_rl(seed, name, judged_folder(cfg, seed, name, base / name))
+    annotations = judged(cfg, cell_without_rl(seed, name), base / name)
+    row = row_without_rl(seed, name, annotations)
     write_jsonl(base / name / "result.jsonl", [row])
-
-
-def judged_folder(cfg, seed, name, model):
-    return judged(cfg, Cell("medium", seed, name, "", "", 0.0), model)
 
 
 def row_without_rl(seed, name, annotations):
@@ -553,6 +555,8 @@ def run_baselines(cfg):
     SFT on the edited answers, the best of 8 answers by each reward model"""
     names = ("rm_original", "rm_edited", "rm_token")
     done = finished_cells(cfg)
+    make_bases(cfg, {("medium", seed) for seed in REPORTED_SEEDS
+                     if ("medium", seed, "data_sft") not in done})
     jobs = {}
     for seed in REPORTED_SEEDS:
         if ("medium", seed, "data_sft") not in done:
@@ -560,7 +564,7 @@ def run_baselines(cfg):
     run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
     cells = []
     for seed in REPORTED_SEEDS:
-        cells.append(Cell("medium", seed, "data_sft_edited", "", "", 0.0))
+        cells.append(cell_without_rl(seed, "data_sft_edited"))
         for name in names:
             cells.append(chosen("data", "gamma0", "medium", seed, reward_model=name))
     collect(cfg, cells)
@@ -568,13 +572,11 @@ def run_baselines(cfg):
 
 def baselines_of_seed(cfg, seed, names):
     base = base_folder(cfg, "medium", seed)
-    if not (base / "diffs_half.jsonl").exists():
-        make_base(cfg, "medium", seed)
     for name in names:
         if not (base / name / "rewards.json").exists():
             make_reward_model(cfg, "medium", seed, name)
     sft_cell(cfg, seed, "data_sft_edited", SFT_LR, SFT_EPOCHS)
-    found = {"data_sft": judged_folder(cfg, seed, "data_sft", base / "sft")}
+    found = {"data_sft": judged(cfg, cell_without_rl(seed, "data_sft"), base / "sft")}
 
     # Answers with other seeds: a reward model scores them, and the best of each question stays.
     log = base / "data.log"
