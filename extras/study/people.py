@@ -1,19 +1,23 @@
 """People's edits to a policy: ParaDetox with a real small model, outside of the toy world.
 
     python data/paradetox/prepare.py
-    python extras/study/people.py --model=FOLDER      # SmolLM2-135M: hours on two cores, resumable
+    python extras/study/people.py --model=FOLDER    # SmolLM2-135M; resumable
 
 A policy learns to finish rude comments, from their first two words, as their authors did. People's
 rewrites make a sequence-level and a token-level reward model, and PPO uses each of them. Rewrites
 also mend spaces and capitals; here both sides are lower-case with the same spacing, so only words
-differ. The judge is a sequence-level model that learnt from rewrites of other comments, which no
-stage has seen: how often does it prefer the policy's comment to the person's rewrite of the same
-beginning? The shares of the KL, lam and reward_scale are those of the toy world's grid; nothing was
-tried on the three seeds that are reported.
+differ. The policy is the whole model; reward models and judge have its lowest layers.
 
-Adds one row per run to extras/study/people.jsonl.
+The judge is a sequence-level model that learnt from rewrites of other comments, which no stage has
+seen: how often does it prefer the policy's comment to the person's rewrite of the same beginning?
+Rewrites are mostly shorter, so the judge gets as many pairs with a longer rewrite as with a shorter
+one. The shares of the KL, lam and reward_scale are those of the toy world's grid; nothing was tried
+on the three seeds that are reported.
+
+Adds one row per run to extras/study/people.jsonl and prints the table of EXPERIMENTS.md.
 """
 import json, os, random, re, sys
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import encode_prompt, encode_response, load_tokenizer
 from evaluate import mean_and_error, score_responses
-from extras.study.jobs import exit_status, fork, stage
+from extras.report.arms import pm
+from extras.study.jobs import exit_status, fork, run_jobs, stage
+from extras.study.tables import markdown_table
 from plumbing.command_line import load_config
 from plumbing.files import COUNT, check_input, check_numbers, read_jsonl, write_jsonl
 from plumbing.models import check_model
@@ -30,7 +36,10 @@ from plumbing.record import logged
 
 FINISH = "Finish this comment."
 JUDGED = "Write a comment for an online discussion."
-BEGINNING = 2  # words that the policy is given
+BEGINNING = 2                  # words that the policy is given
+SFT_ROWS, EDITS = 2000, 1400   # the other comments' beginnings are the prompts of PPO
+JUDGE_HELDOUT = 300            # pairs
+TEST = 300                     # beginnings
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,10 @@ class Config:
     data: str = "data/paradetox"            # of data/paradetox/prepare.py
     out: str = "out/study_people"
     results: str = "extras/study/people.jsonl"
-    layers: int = 8                         # the lowest so many layers of the model
+    layers: int = 8                         # of reward models and judge: the policy's lowest
     seeds: int = 3                          # 0, 1, 2
-    steps: int = 40                         # of PPO
+    steps: int = 20                         # of PPO
+    workers: int = 2                        # runs at a time, one core each
     dtype: str = "bfloat16"
 
 
@@ -57,7 +67,7 @@ def plain_text(text):
 
 def continuations(rows):
     """Edits of whole comments -> edits of the part after the first words, where both sides begin
-    with the same words; and the comments where they do not"""
+    with the same words; and the comments where no rewrite does"""
     kept = {}
     others = {}
     for row in rows:
@@ -71,57 +81,93 @@ def continuations(rows):
             beginning = " ".join(words[:BEGINNING])
             edit = dict(instruction=FINISH, input=beginning, original=original[len(beginning):],
                         edited=edited[len(beginning):])
-            kept.setdefault(row["original"], edit)
+            kept.setdefault(original, edit)
         elif not same:
-            others.setdefault(row["original"], dict(original=original, edited=edited))
-    return list(kept.values()), list(others.values())
+            others.setdefault(original, dict(original=original, edited=edited))
+
+    # A comment has up to three rewrites; it is used once.
+    others = [pair for original, pair in others.items() if original not in kept]
+    return list(kept.values()), others
+
+
+def whole(row):
+    """The comment of which a row has the beginning and the rest"""
+    return row["input"] + row["original"]
+
+
+def as_many_longer_as_shorter(pairs):
+    """Pairs whose rewrites are longer, shorter and as long, in words -> as many of the first two:
+    length alone says nothing then"""
+    groups = defaultdict(list)
+    for pair in pairs:
+        difference = len(pair["edited"].split()) - len(pair["original"].split())
+        groups[(difference > 0) - (difference < 0)].append(pair)
+    n = min(len(groups[1]), len(groups[-1]))
+    balanced = groups[1][:n] + groups[-1][:n] + groups[0]
+    random.Random(0).shuffle(balanced)
+    return balanced
 
 
 def prepare(cfg):
     """The files of all stages. Each comment is in one of them alone"""
     out = Path(cfg.out, "data")
     fields = {"original": str, "edited": (str, type(None))}
+    test, test_others = continuations(read_jsonl(f"{cfg.data}/edits_test.jsonl", fields))
+    seen = {whole(row) for row in test} | {pair["original"] for pair in test_others}
     own, others = continuations(read_jsonl(f"{cfg.data}/edits_train.jsonl", fields))
-    test, _ = continuations(read_jsonl(f"{cfg.data}/edits_test.jsonl", fields))
+    own = [row for row in own if whole(row) not in seen]
+    others = [pair for pair in others if pair["original"] not in seen]
     random.Random(0).shuffle(own)
+    random.Random(1).shuffle(others)
+    pairs = as_many_longer_as_shorter(others)
+    rest = own[SFT_ROWS + EDITS:]
+    if not rest or len(pairs) <= JUDGE_HELDOUT or not test:
+        fail(f"--data={cfg.data} has too few comments: {len(own)} to finish (more than "
+             f"{SFT_ROWS + EDITS} are needed), {len(pairs)} pairs for the judge (more than "
+             f"{JUDGE_HELDOUT}), {len(test)} to test on")
+
     sft = [dict(instruction=FINISH, input=row["input"], output=row["original"])
-           for row in own[:2000]]
+           for row in own[:SFT_ROWS]]
     edits = [row | dict(id=str(number), editor="human", model=None, stop_reason=None, usage=None)
-             for number, row in enumerate(own[2000:3400])]
-    judge = [dict(instruction=JUDGED, input="", output_1=row["original"], output_2=row["edited"],
-                  preference=2) for row in others]
+             for number, row in enumerate(own[SFT_ROWS:SFT_ROWS + EDITS])]
+    judge = [dict(instruction=JUDGED, input="", output_1=pair["original"],
+                  output_2=pair["edited"], preference=2) for pair in pairs]
     write_jsonl(out / "sft.jsonl", sft)
     write_jsonl(out / "edits.jsonl", edits)
     write_jsonl(out / "prompts.jsonl", [dict(instruction=FINISH, input=row["input"])
-                                        for row in own[3400:]])
-    write_jsonl(out / "judge.jsonl", judge[300:])
-    write_jsonl(out / "judge_heldout.jsonl", judge[:300])
-    write_jsonl(out / "test.jsonl", [row | dict(output=row["original"]) for row in test])
-    say(f"{out}: {len(sft)} comments for SFT, {len(edits)} edits, {len(own) - 3400} beginnings, "
-        f"{len(judge)} pairs for the judge, {len(test)} beginnings to test on")
+                                        for row in rest])
+    write_jsonl(out / "judge.jsonl", judge[JUDGE_HELDOUT:])
+    write_jsonl(out / "judge_heldout.jsonl", judge[:JUDGE_HELDOUT])
+    write_jsonl(out / "test.jsonl", [row | dict(output=row["original"]) for row in test[:TEST]])
+    say(f"{out}: {len(sft)} comments for SFT, {len(edits)} edits, {len(rest)} beginnings, "
+        f"{len(judge)} pairs for the judge, {min(TEST, len(test))} beginnings to test on")
 
 
 def lowest_layers(cfg):
-    """The model's lowest layers, its embeddings and its head -> a folder"""
+    """The lowest layers of the SFT model, its embeddings and its head -> a folder"""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    out = Path(cfg.out, "backbone")
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, num_hidden_layers=cfg.layers)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(cfg.model).save_pretrained(out)
+    sft = Path(cfg.out, "sft")
+    model = AutoModelForCausalLM.from_pretrained(sft, num_hidden_layers=cfg.layers)
+    model.save_pretrained(Path(cfg.out, "backbone"))
+    AutoTokenizer.from_pretrained(sft).save_pretrained(Path(cfg.out, "backbone"))
 
 
 # ---------------------------------------------------------------- the stages
 
+SFT = ["--epochs=1", "--batch=32", "--micro_batch=16", "--lr=1e-4", "--max_tokens=128"]
 RM = ["--batch=16", "--micro_batch=16", "--lr=1e-4", "--warmup=0.05", "--max_tokens=128"]
-PPO = ["--rollout_batch=64", "--rollout_micro_batch=64", "--score_micro_batch=32", "--batch=32",
-       "--micro_batch=16", "--query_len=64", "--response_len=32", "--lr=5e-5", "--warmup_steps=3",
-       "--save_every=10", "--resume_every=20"]
+ROLLOUT = 32
+PPO = [f"--rollout_batch={ROLLOUT}", f"--rollout_micro_batch={ROLLOUT}", "--score_micro_batch=32",
+       "--batch=16", "--micro_batch=16", "--query_len=64", "--response_len=32", "--lr=2e-5",
+       "--warmup_steps=3", "--save_every=10", "--resume_every=10"]
 
 # The reward model, kl_coef as a share of the return's sd at step 0, flags: the toy world's grid
 # chose the shares and the flags.
 ARMS = {"sequence": ("rm_sequence", 0.01, ["--level=sequence", "--lam=0.95"]),
         "gamma1": ("rm_token", 0.04, ["--level=token", "--reward_scale=mean"]),
         "gamma0": ("rm_token", 0.02, ["--level=token", "--gamma=0"])}
+NAMES = {"sft": "SFT", "sequence": "sequence level", "gamma1": "token level, gamma 1",
+         "gamma0": "token level, gamma 0"}
 
 
 def make_models(cfg):
@@ -129,54 +175,68 @@ def make_models(cfg):
     out = Path(cfg.out)
     run = partial(stage, out / "models.log")
     dtype = f"--dtype={cfg.dtype}"
-    run("sft.py", f"--model={out}/backbone", f"--data={out}/data/sft.jsonl", "--epochs=3",
-        "--batch=32", "--micro_batch=16", "--lr=3e-4", "--max_tokens=128", dtype,
+    say(f"SFT, judge and reward models; their output is in {out}/models.log")
+    run("sft.py", f"--model={cfg.model}", f"--data={out}/data/sft.jsonl", *SFT, dtype,
         f"--out={out}/sft")
+    if not (out / "backbone/tokenizer.json").exists():
+        lowest_layers(cfg)
     run("diff.py", f"--data={out}/data/edits.jsonl", f"--tokenizer={out}/sft", "--gaps=true",
         f"--out={out}/diffs.jsonl")
-    run("reward_model.py", f"--model={out}/backbone", f"--data={out}/data/judge.jsonl", *RM,
-        "--loss=sequence", f"--eval_data={out}/data/judge_heldout.jsonl", dtype,
-        f"--out={out}/judge")
-    run("reward_model.py", f"--model={out}/sft", f"--data={out}/diffs.jsonl", *RM, "--epochs=2",
-        "--loss=sequence", dtype, f"--out={out}/rm_sequence")
-    run("reward_model.py", f"--model={out}/sft", f"--data={out}/diffs.jsonl", *RM, "--epochs=2",
-        "--loss=eq4", "--anchor=0.3", dtype, f"--out={out}/rm_token")
+
+    def train(name, data, *flags):
+        run("reward_model.py", f"--model={out}/backbone", f"--data={data}", *RM, *flags, dtype,
+            f"--out={out}/{name}")
+
+    train("judge", f"{out}/data/judge.jsonl", "--loss=sequence",
+          f"--eval_data={out}/data/judge_heldout.jsonl")
+    train("rm_sequence", f"{out}/diffs.jsonl", "--epochs=2", "--loss=sequence")
+    train("rm_token", f"{out}/diffs.jsonl", "--epochs=2", "--loss=eq4", "--anchor=0.3")
 
 
 def make_run(cfg, arm, seed):
-    """PPO of an arm, and the judge's view of the models that it kept -> a row"""
+    """PPO of an arm, and the judge's view of the models that it kept -> result.jsonl, one row"""
     out = Path(cfg.out)
     reward_model, share, flags = ARMS[arm]
     run = partial(stage, out / f"{arm}_{seed}.log")
     prompts = len(logged(out / "data/prompts.jsonl"))
     own = [*PPO, *flags, f"--policy={out}/sft", f"--reward_model={out}/{reward_model}",
            f"--data={out}/data/prompts.jsonl", f"--seed={seed}", f"--dtype={cfg.dtype}"]
+
+    # A run of one step measures the unit of the arm's reward.
     run("ppo.py", *own, "--steps=1", "--kl_coef=0", "--lr_epochs=1",
         f"--out={out}/sd_{arm}_{seed}")
     return_sd = logged(out / f"sd_{arm}_{seed}/metrics.jsonl")[0]["return_sd"]
     kl_coef = share * return_sd
     folder = out / f"{arm}_{seed}"
-    run("ppo.py", *own, f"--steps={cfg.steps}", f"--lr_epochs={cfg.steps * 64 / prompts:.6g}",
+    run("ppo.py", *own, f"--steps={cfg.steps}", f"--lr_epochs={cfg.steps * ROLLOUT / prompts:.6g}",
         f"--kl_coef={kl_coef:.6g}", f"--out={folder}")
 
-    curve = {}
     models = {int(path.name.removeprefix("step_")): path for path in folder.glob("step_*")}
     models[cfg.steps] = folder
+    curve = {}
     for step, model in sorted(models.items()):
-        curve[step] = judged(cfg, model, run)
-    last = logged(folder / "metrics.jsonl")[-1]
+        curve[step] = judged(cfg, model, folder / f"step{step}", run)
+    metrics = logged(folder / "metrics.jsonl")
     row = dict(arm=arm, seed=seed, steps=cfg.steps, kl_coef=kl_coef, curve=curve)
-    row |= {name: last[name] for name in ("reward", "kl", "response_length", "eos_share")}
-    return row
+    row |= {name: metrics[-1][name] for name in ("reward", "kl", "response_length", "eos_share")}
+    row["seconds"] = round(sum(step["seconds"] for step in metrics), 1)
+    write_jsonl(folder / "result.jsonl", [row])
 
 
-def judged(cfg, model, run):
+def judge_sft(cfg):
+    """The SFT model, as a run of 0 steps"""
+    out = Path(cfg.out)
+    figures = judged(cfg, out / "sft", out / "sft_judged", partial(stage, out / "sft.log"))
+    write_jsonl(out / "sft_0/result.jsonl", [dict(arm="sft", seed=0, steps=0, curve={0: figures})])
+
+
+def judged(cfg, model, name, run):
     """The policy's comments against the persons' rewrites of the same beginnings -> figures"""
     out = Path(cfg.out)
-    outputs = model / "outputs.jsonl"
+    outputs = Path(f"{name}.outputs.jsonl")
+    scores = Path(f"{name}.scores.json")
     run("evaluate.py", "decode", f"--model={model}", f"--data={out}/data/test.jsonl",
         "--temperature=1", "--top_p=1", "--response_len=32", "--batch=150", f"--out={outputs}")
-    scores = model / "scores.json"
     child = fork(partial(score_comments, cfg, outputs, scores), out / "judge.log")
     if exit_status(os.waitpid(child, 0)[1]):
         fail(f"the judge failed; read {out}/judge.log")
@@ -192,7 +252,7 @@ def score_comments(cfg, outputs, scores):
     rows = logged(outputs)
     comments = [row["input"] + row["output"] for row in rows]
     comments += [row["input"] + row["edited"] for row in rows]
-    comments += [row["input"] + row["original"] for row in rows]
+    comments += [whole(row) for row in rows]
     responses = [encode_response(tokenizer, comment) for comment in comments]
     R, _ = score_responses(f"{out}/judge", "sequence", [prompt] * len(responses), responses, 32,
                            "auto")
@@ -208,25 +268,70 @@ def score_comments(cfg, outputs, scores):
     scores.write_text(json.dumps(figures))
 
 
+# ---------------------------------------------------------------- all runs, and the table
+
+def collect(cfg):
+    """The rows of finished runs, in the results file and in the run folders -> {(arm, seed): row}.
+    fail() where a row has other steps"""
+    rows = {}
+    found = logged(Path(cfg.results))
+    for path in sorted(Path(cfg.out).glob("*/result.jsonl")):
+        found += logged(path)
+    for row in found:
+        if row["steps"] not in (0, cfg.steps):
+            fail(f"{cfg.results}: {row['arm']} of seed {row['seed']} had {row['steps']} steps, not "
+                 f"{cfg.steps}; choose another --results and --out")
+        rows.setdefault((row["arm"], row["seed"]), row)
+    if rows:
+        write_jsonl(cfg.results, [rows[key] for key in sorted(rows)])
+    return rows
+
+
+def print_table(rows):
+    """One row an arm: the judge's figures of the last model, means over seeds"""
+    def last(row):
+        return row["curve"][max(row["curve"], key=int)]
+
+    table = []
+    for arm, name in NAMES.items():
+        mine = [row for row in rows.values() if row["arm"] == arm]
+        if not mine:
+            continue
+        cells = [pm(*mean_and_error([last(row)[figure] for row in mine]), digits)
+                 for figure, digits in (("win_rate", 1), ("above_original", 1), ("score", 2),
+                                        ("words", 1))]
+        paired = [last(row)["win_rate"] - last(rows["sequence", row["seed"]])["win_rate"]
+                  for row in mine if arm != "sft" and ("sequence", row["seed"]) in rows]
+        against = pm(*mean_and_error(paired), sign="+") if arm not in ("sft", "sequence") else ""
+        table.append([name, cells[0], against, *cells[1:], len(mine)])
+    say(markdown_table(["policy", "wins against the rewrite, %", "minus sequence level",
+                        "above the original, %", "judge's score", "words", "runs"], table))
+
+
 def main(cfg):
-    check_numbers(cfg, layers=COUNT, seeds=COUNT, steps=COUNT)
+    check_numbers(cfg, layers=COUNT, seeds=COUNT, steps=COUNT, workers=COUNT)
     check_model(cfg.model, "model", "a folder of SmolLM2-135M with safetensors")
-    check_input(f"{cfg.data}/edits_train.jsonl", "data", "python data/paradetox/prepare.py")
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "data/test.jsonl").exists():
+    for name in ("edits_train.jsonl", "edits_test.jsonl"):
+        check_input(f"{cfg.data}/{name}", "data", "python data/paradetox/prepare.py")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    if not Path(cfg.out, "data/test.jsonl").exists():
         prepare(cfg)
-    if not (out / "backbone/tokenizer.json").exists():
-        lowest_layers(cfg)
     make_models(cfg)
-    done = {(row["arm"], row["seed"]): row for row in logged(Path(cfg.results))}
+
+    # The runs that have no row yet; a stopped run goes on where it was.
+    done = collect(cfg)
+    jobs = {}
+    if ("sft", 0) not in done:
+        jobs["sft"] = partial(judge_sft, cfg)
     for seed in range(cfg.seeds):
         for arm in ARMS:
             if (arm, seed) not in done:
-                done[arm, seed] = make_run(cfg, arm, seed)
-                write_jsonl(cfg.results, list(done.values()))
-                last = done[arm, seed]["curve"][cfg.steps]
-                say(f"{arm}, seed {seed}: {last['win_rate']:.1f}% against the rewrites")
+                jobs[f"{arm}_{seed}"] = partial(make_run, cfg, arm, seed)
+    try:
+        run_jobs(jobs, cfg.workers, Path(cfg.out, "logs"))
+    finally:
+        done = collect(cfg)
+    print_table(done)
 
 
 if __name__ == "__main__":
