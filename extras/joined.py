@@ -3,20 +3,18 @@
     ids         p q r a b   s t c   u a b c d      three rows of 5, 3 and 5 tokens
     positions   0 1 2 3 4   0 1 2   0 1 2 3 4
 
-Everything but the attention treats each token alone, so nothing changes for it. The attention is
-computed row by row, and for neighbours of one length at once. So the results are those of padded
-rows, except for float noise. Logits are computed where a response token is predicted, and nowhere
-else. Without this file, or where it is not exact, common.py computes padded rows.
+Everything but the attention treats each token alone, so nothing changes for it. The attention alone
+pads the rows, at their ends: there no real token sees the padding. So the results are those of
+padded rows, except for float noise. Logits are computed where a response token is predicted, and
+nowhere else. Without this file, or where it is not exact, common.py computes padded rows.
 """
-import itertools
-
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-PROBED = {}  # class of a model -> does it hand row_lengths to the attention of every layer?
-ATTENDED = set()  # the layers whose attention has got row_lengths
+PROBED = {}  # class of a model -> does it hand slots and grid to the attention of every layer?
+ATTENDED = set()  # the layers whose attention has got them
 
 
 def is_exact(model):
@@ -39,7 +37,7 @@ def is_exact(model):
 
 @torch.no_grad()
 def hands_on(model):
-    """Does row_lengths reach the attention of every layer? StableLM, for one, drops it. One token
+    """Do slots and grid reach the attention of every layer? StableLM, for one, drops them. One token
     shows it. All ranks."""
     ATTENDED.clear()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -49,10 +47,15 @@ def hands_on(model):
 
 def run(model, ids, positions, row_lengths, **options):
     """The model on rows that lie end to end, ids and positions [1, tokens] -> [tokens, V or 1]"""
+    # A row's tokens get the first slots of its line in a grid of B lines and S columns.
+    B, S = len(row_lengths), max(row_lengths)
+    slots = [torch.arange(length) + row * S for row, length in enumerate(row_lengths)]
+    slots = torch.cat(slots).to(ids.device)  # [tokens]
+
     # transformers passes a mask of four dimensions on as it is. attend() needs none.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                 row_lengths=row_lengths, **options).logits[0]
+                 slots=slots, grid=(B, S), **options).logits[0]
 
 
 def forward(model, ids, mask, read):
@@ -67,23 +70,22 @@ def forward(model, ids, mask, read):
     return outputs[read] if is_head else outputs
 
 
-def attend(module, query, key, value, attention_mask, *, row_lengths=None, **options):
-    """transformers' sdpa attention -> [B, S, heads, size], None. With row_lengths: query, key and
+def attend(module, query, key, value, attention_mask, *, slots=None, grid=None, **options):
+    """transformers' sdpa attention -> [B, S, heads, size], None. With slots and grid: query, key and
     value [1, heads, tokens, size] are rows end to end, and so is the result [1, tokens, ...]."""
-    if row_lengths is None:
+    if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
-    # Neighbours of one length are a batch [B, heads, S, size] without padding, which needs no mask.
-    # split() and unflatten() make no copies.
-    runs = [list(run) for _, run in itertools.groupby(row_lengths)]
-    splits = [x.split([sum(run) for run in runs], dim=2) for x in (query, key, value)]
+
+    # The padding is behind each row, so a causal attention needs no mask to leave it out.
+    padded = []
+    for x in (query, key, value):
+        rows = x.new_zeros(x.shape[1], grid[0] * grid[1], x.shape[3])  # [heads, B * S, size]
+        rows = rows.index_copy(1, slots, x[0])
+        padded.append(rows.unflatten(1, grid).transpose(0, 1))         # [B, heads, S, size]
     options["is_causal"] = True
-    outputs = []
-    for run, *parts in zip(runs, *splits):
-        rows = [x[0].unflatten(1, (len(run), run[0])).transpose(0, 1) for x in parts]
-        output, _ = sdpa_attention_forward(module, *rows, None, **options)  # [B, S, heads, size]
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[None], None
+    output, _ = sdpa_attention_forward(module, *padded, None, **options)  # [B, S, heads, size]
+    return output.flatten(0, 1)[slots][None], None
 
 
 AttentionInterface.register("sdpa", attend)

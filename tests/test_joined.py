@@ -9,10 +9,11 @@ from transformers import (Gemma2Config, GlmConfig, HeliumConfig, LlamaConfig, Mi
                           Phi3Config, Qwen2Config, Qwen3Config, StableLmConfig)
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-import common, ppo
-from conftest import ROOT
+import common, evaluate, ppo
+from conftest import ROOT, rows_of
 from extras import joined
 from plumbing import watch
+from plumbing.files import write_jsonl
 
 sys.path.insert(0, str(ROOT / "extras/bench"))
 import child, world
@@ -99,7 +100,7 @@ NOT_EXACT = {
     "Qwen 2 with a window above": dict(Config=Qwen2Config, use_sliding_window=True,
                                        sliding_window=4, max_window_layers=1),
     "Llama in eager attention": dict(Config=LlamaConfig, attn_implementation="eager"),
-    "StableLM, which drops row_lengths": dict(Config=StableLmConfig),
+    "StableLM, which drops slots and grid": dict(Config=StableLmConfig),
 }
 
 
@@ -217,6 +218,41 @@ def test_logits_are_computed_where_a_response_token_is_predicted(counted):
     """Of the policy and the reference in scoring, and of the policy in two epochs"""
     responses = sum(counted.lengths)
     assert counted.logits == dict(rollout=responses, score=2 * responses, update=2 * responses)
+
+
+def test_decode_computes_little_padding(world, tmp_path, monkeypatch):
+    """evaluate.py decode gives the model nearly the real tokens alone: a group has prompts of
+    similar lengths, and a finished row leaves it. The last token of a row is never given"""
+    asked = rows_of(world / "data/sft.jsonl")[:64]
+    for number, row in enumerate(asked):
+        row["instruction"] += " please" * (number % 16)
+    write_jsonl(tmp_path / "asked.jsonl", asked)
+    given = []
+
+    def load_model(*args, **options):
+        model = common.load_model(*args, **options)
+        model.register_forward_pre_hook(
+            lambda module, args, inputs: given.append(inputs["input_ids"].numel()),
+            with_kwargs=True)
+        return model
+
+    def generate(model, prompt_ids, prompt_mask, **options):
+        ids, response_mask = common.generate(model, prompt_ids, prompt_mask, **options)
+        prompts.extend(prompt_mask.sum(1).tolist())
+        responses.extend(response_mask.sum(1).tolist())
+        return ids, response_mask
+
+    prompts = []
+    responses = []
+    monkeypatch.setattr(evaluate, "load_model", load_model)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "end_ids", lambda tokenizer: set(range(20)))  # of many lengths
+    evaluate.decode(evaluate.DecodeConfig(
+        model=f"{world}/sft", data=f"{tmp_path}/asked.jsonl", out=f"{tmp_path}/outputs.jsonl",
+        batch=16, temperature=1.0, top_p=1.0, response_len=48))
+    assert len(set(prompts)) > 8 and len(set(responses)) > 8
+    real = sum(prompts) + sum(responses) - len(prompts)
+    assert 1 <= sum(given) / real <= 1.15
 
 
 def test_no_float32_copy_of_all_logits():

@@ -37,7 +37,7 @@ from plumbing.record import logged
 FINISH = "Finish this comment."
 JUDGED = "Write a comment for an online discussion."
 BEGINNING = 2                  # words that the policy is given
-SFT_ROWS, EDITS = 2000, 1400   # the other comments' beginnings are the prompts of PPO
+SFT_ROWS, EDITS = 1200, 1400   # the other comments' beginnings are the prompts of PPO
 JUDGE_HELDOUT = 300            # pairs
 TEST = 300                     # beginnings
 
@@ -52,7 +52,7 @@ class Config:
     seeds: int = 3                          # 0, 1, 2
     steps: int = 20                         # of PPO
     workers: int = 2                        # runs at a time, one core each
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
 
 
 # ---------------------------------------------------------------- the data
