@@ -164,10 +164,10 @@ PPO = [f"--rollout_batch={ROLLOUT}", f"--rollout_micro_batch={ROLLOUT}", "--scor
 # The reward model, kl_coef as a share of the return's sd at step 0, flags: the toy world's grid
 # chose the shares and the flags.
 ARMS = {"sequence": ("rm_sequence", 0.01, ["--level=sequence", "--lam=0.95"]),
-        "gamma1": ("rm_token", 0.04, ["--level=token", "--reward_scale=mean"]),
-        "gamma0": ("rm_token", 0.02, ["--level=token", "--gamma=0"])}
-NAMES = {"sft": "SFT", "sequence": "sequence level", "gamma1": "token level, gamma 1",
-         "gamma0": "token level, gamma 0"}
+        "gamma0": ("rm_token", 0.02, ["--level=token", "--gamma=0"]),
+        "gamma1": ("rm_token", 0.04, ["--level=token", "--reward_scale=mean"])}
+NAMES = {"sft": "SFT", "sequence": "sequence level", "gamma0": "token level, gamma 0",
+         "gamma1": "token level, gamma 1"}
 
 
 def make_models(cfg):
@@ -323,8 +323,8 @@ def main(cfg):
     jobs = {}
     if ("sft", 0) not in done:
         jobs["sft"] = partial(judge_sft, cfg)
-    for seed in range(cfg.seeds):
-        for arm in ARMS:
+    for arm in ARMS:
+        for seed in range(cfg.seeds):
             if (arm, seed) not in done:
                 jobs[f"{arm}_{seed}"] = partial(make_run, cfg, arm, seed)
     try:
