@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import ROOT, rows_of
+from plumbing.files import write_jsonl
 
 SMALL = """
 [prepare]
@@ -135,6 +136,47 @@ def test_peoples_edits_become_continuations():
     assert [(row["input"], row["original"], row["edited"]) for row in own] == [
         ("you are", " a damn fool, sir", " wrong, sir")]
     assert others == [dict(original="what the hell is this?", edited="what is this?")]
+
+    # Another rewrite of a comment that is used already, with another beginning
+    rows.append(dict(original="You are a damn fool , sir .", edited="Sir, please stop"))
+    assert continuations(rows) == (own, others)
+
+
+def test_the_judge_of_peoples_edits_learns_nothing_from_length():
+    from extras.study.people import as_many_longer_as_shorter
+    pairs = [dict(original="a b c", edited=" ".join("x" * n)) for n in (1, 1, 2, 2, 3, 3, 4, 5)]
+    lengths = sorted(len(pair["edited"].split()) for pair in as_many_longer_as_shorter(pairs))
+    assert [n < 3 for n in lengths].count(True) == [n > 3 for n in lengths].count(True) == 2
+    assert lengths.count(3) == 2
+
+
+def test_no_comment_of_peoples_edits_is_in_two_files(tmp_path, monkeypatch):
+    from extras.study import people
+
+    def comments(name, n):
+        same = [dict(original=f"{name} is a damn {i}", edited=f"{name} is a {i}")
+                for i in range(n)]
+        shorter = [dict(original=f"what the hell is {name} {i}", edited=f"what is {name} {i}")
+                   for i in range(n)]
+        longer = [dict(original=f"damn you {name} {i}", edited=f"i do not like {name} {i}")
+                  for i in range(n)]
+        return same + shorter + longer
+
+    for name, value in dict(SFT_ROWS=4, EDITS=3, JUDGE_HELDOUT=4, TEST=2).items():
+        monkeypatch.setattr(people, name, value)
+    test = comments("tom", 3)
+    write_jsonl(tmp_path / "edits_test.jsonl", test)
+    write_jsonl(tmp_path / "edits_train.jsonl", comments("ann", 10) + test)
+    people.prepare(people.Config(data=str(tmp_path), out=str(tmp_path / "out")))
+    data = tmp_path / "out/data"
+    used = [row["input"] + row["output"] for row in rows_of(data / "sft.jsonl")]
+    used += [row["input"] + row["original"] for row in rows_of(data / "edits.jsonl")]
+    for name in ("judge", "judge_heldout"):
+        used += [row["output_1"] for row in rows_of(data / f"{name}.jsonl")]
+    used += [row["input"] + row["original"] for row in rows_of(data / "test.jsonl")]
+    assert len(set(used)) == len(used) == 4 + 3 + 20 + 2
+    assert not [comment for comment in used[:-2] if "tom" in comment]
+    assert len(rows_of(data / "prompts.jsonl")) == 3
 
 
 # ---------------------------------------------------------------- the changed equations
