@@ -37,8 +37,8 @@ def is_exact(model):
 
 @torch.no_grad()
 def hands_on(model):
-    """Do slots and grid reach the attention of every layer? StableLM, for one, drops them. One token
-    shows it. All ranks."""
+    """Do slots and grid reach the attention of every layer? StableLM, for one, drops them. One
+    token shows it. All ranks."""
     ATTENDED.clear()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     run(model, token, token, [1])
@@ -71,8 +71,8 @@ def forward(model, ids, mask, read):
 
 
 def attend(module, query, key, value, attention_mask, *, slots=None, grid=None, **options):
-    """transformers' sdpa attention -> [B, S, heads, size], None. With slots and grid: query, key and
-    value [1, heads, tokens, size] are rows end to end, and so is the result [1, tokens, ...]."""
+    """transformers' sdpa attention -> [B, S, heads, size], None. With slots and grid: query, key
+    and value [1, heads, tokens, size] are rows end to end; so is the result [1, tokens, ...]."""
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
