@@ -18,7 +18,9 @@ NPROC=${NPROC:-8}
 PYTHON=${PYTHON:-python}
 HELDOUT=${HELDOUT:-500}     # the last preference pairs: no reward model learns from them (Table 2)
 VAL=${VAL:-300}             # questions of val.jsonl that compare the models kept along training
-ANCHOR=${ANCHOR:-0}         # of the token-level reward model; 0 is the paper's
+# Of the token-level reward model; 0 is the paper's. In the toy world PPO collapsed without an anchor
+# and did not with 0.3 (EXPERIMENTS.md, d).
+ANCHOR=${ANCHOR:-0}
 
 # ppo.py's kl_coef of each arm: AlpacaFarm's for simulated preferences (0.02 for human ones). The
 # three rewards have different units: compare kl_coef with return_sd in metrics.jsonl.
@@ -127,7 +129,8 @@ reward rm_edited --data="$OUT/diffs.jsonl" --loss=sequence
 reward rm_token --data="$OUT/diffs.jsonl" --loss=eq4 --anchor="$ANCHOR"
 
 
-# With activation checkpointing the update takes 34.5 GB per GPU instead of 55.6.
+# With activation checkpointing the update takes 35 GB per GPU instead of 57, so the rollout's 55
+# are the peak (python ppo.py --plan=true).
 title "three PPO runs: the same settings except for the reward"
 ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF
     ranks "$1" ppo.py --activation_checkpointing=true "${A[@]}" --policy="$OUT/sft" \

@@ -66,7 +66,7 @@ class Config:
     missing_eos_penalty: float = 0.0    # subtracted at the last token of a response without EOS
     whiten_rewards: bool = True         # divide by their standard deviation, keep the mean
     whiten_advantages: bool = True
-    gamma: float = 1.0                  # the paper's; 0: each token counts in its own state alone
+    gamma: float = 1.0                  # AlpacaFarm's; 0: each token counts in its own state alone
     lam: float = 1.0                    # no effect at gamma 0
     # update
     lr: float = 1e-5

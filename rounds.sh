@@ -26,7 +26,8 @@ EVAL=${EVAL:-$RUN/data/eval.jsonl}          # questions for the policy of each r
 HELDOUT=${HELDOUT:-$RUN/data/pref_heldout.jsonl,$RUN/data/probe.jsonl}  # for each reward model
 JUDGE=${JUDGE:-}                            # gold, claude: also judge those answers
 REWARD=${REWARD:---loss=eq4 --anchor=0.3}   # flags of reward_model.py
-PPO=${PPO:---gamma=0}                       # flags of ppo.py
+# Flags of ppo.py. kl_coef is the demo's: another reward model has another unit.
+PPO=${PPO:---gamma=0 --kl_coef=0.185}
 NPROC=${NPROC:-1}                           # GPUs
 PYTHON=${PYTHON:-python}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

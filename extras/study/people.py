@@ -5,8 +5,8 @@
 
 A policy learns to finish rude comments, from their first two words, as their authors did. People's
 rewrites make a sequence-level and a token-level reward model, and PPO uses each of them. Rewrites
-also mend spaces and capitals; here both sides are lower-case with the same spacing, so only words
-differ. The policy is the whole model; reward models and judge have its lowest layers.
+also mend spaces and capitals; here both sides are lower-case with the same spacing, so words and
+punctuation differ. The policy is the whole model; reward models and judge have its lowest layers.
 
 The judge is a sequence-level model that learnt from rewrites of other comments, which no stage has
 seen: how often does it prefer the policy's comment to the person's rewrite of the same beginning?
