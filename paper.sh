@@ -18,7 +18,7 @@ NPROC=${NPROC:-8}
 PYTHON=${PYTHON:-python}
 HELDOUT=${HELDOUT:-500}     # the last preference pairs: no reward model learns from them (Table 2)
 VAL=${VAL:-300}             # questions of val.jsonl that compare the models kept along training
-# Of the token-level reward model; 0 is the paper's. In the toy world PPO collapsed without an anchor
+# The anchor of the token-level reward model; 0 is the paper's. In the toy world PPO collapsed with 0
 # and did not with 0.3 (EXPERIMENTS.md, d).
 ANCHOR=${ANCHOR:-0}
 
