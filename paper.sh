@@ -18,8 +18,8 @@ NPROC=${NPROC:-8}
 PYTHON=${PYTHON:-python}
 HELDOUT=${HELDOUT:-500}     # the last preference pairs: no reward model learns from them (Table 2)
 VAL=${VAL:-300}             # questions of val.jsonl that compare the models kept along training
-# The anchor of the token-level reward model; 0 is the paper's. In the toy world PPO collapsed with 0
-# and did not with 0.3 (EXPERIMENTS.md, d).
+# The anchor of the token-level reward model; 0 is the paper's. In the toy world PPO collapsed there
+# and did not with 0.3 (EXPERIMENTS.md, section 1, d).
 ANCHOR=${ANCHOR:-0}
 
 # ppo.py's kl_coef of each arm: AlpacaFarm's for simulated preferences (0.02 for human ones). The
