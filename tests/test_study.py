@@ -179,6 +179,15 @@ def test_no_comment_of_peoples_edits_is_in_two_files(tmp_path, monkeypatch):
     assert len(rows_of(data / "prompts.jsonl")) == 3
 
 
+def test_the_table_of_peoples_edits_is_that_of_experiments(capsys):
+    from extras.study.people import print_table
+    rows = {(row["arm"], row["seed"]): row for row in rows_of(ROOT / "extras/study/people.jsonl")}
+    print_table(rows)
+    table = capsys.readouterr().out.strip()
+    assert table.count("\n") == 4
+    assert table in (ROOT / "EXPERIMENTS.md").read_text()
+
+
 # ---------------------------------------------------------------- the changed equations
 
 def draws(seed):

@@ -287,25 +287,36 @@ def collect(cfg):
     return rows
 
 
-def print_table(rows):
-    """One row an arm: the judge's figures of the last model, means over seeds"""
-    def last(row):
-        return row["curve"][max(row["curve"], key=int)]
+def last(row):
+    """The judge's figures of a run's last model"""
+    return row["curve"][max(row["curve"], key=int)]
 
+
+def print_table(rows):
+    """One row an arm: the judge's figures of the last models, means over seeds. rows: {(arm, seed):
+    its row}"""
     table = []
     for arm, name in NAMES.items():
         mine = [row for row in rows.values() if row["arm"] == arm]
         if not mine:
             continue
-        cells = [pm(*mean_and_error([last(row)[figure] for row in mine]), digits)
-                 for figure, digits in (("win_rate", 1), ("above_original", 1), ("score", 2),
-                                        ("words", 1))]
-        paired = [last(row)["win_rate"] - last(rows["sequence", row["seed"]])["win_rate"]
-                  for row in mine if arm != "sft" and ("sequence", row["seed"]) in rows]
-        against = pm(*mean_and_error(paired), sign="+") if arm not in ("sft", "sequence") else ""
-        table.append([name, cells[0], against, *cells[1:], len(mine)])
+
+        # The difference to the sequence level is paired, seed by seed.
+        paired = []
+        for row in mine:
+            other = rows.get(("sequence", row["seed"]))
+            if arm in ("gamma0", "gamma1") and other:
+                paired.append(last(row)["win_rate"] - last(other)["win_rate"])
+        cells = [name, figure_of(mine, "win_rate")]
+        cells.append(pm(*mean_and_error(paired), sign="+") if paired else "")
+        cells += [figure_of(mine, "above_original"), figure_of(mine, "score", 2)]
+        table.append([*cells, figure_of(mine, "words"), len(mine)])
     say(markdown_table(["policy", "wins against the rewrite, %", "minus sequence level",
                         "above the original, %", "judge's score", "words", "runs"], table))
+
+
+def figure_of(rows, name, digits=1):
+    return pm(*mean_and_error([last(row)[name] for row in rows]), digits)
 
 
 def main(cfg):
