@@ -77,15 +77,19 @@ def attend(module, query, key, value, attention_mask, *, slots=None, grid=None, 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
 
+    # On a CPU, the backward in bfloat16 takes twice the time of float32.
+    dtype = torch.promote_types(query.dtype, torch.float32) if query.is_cpu else query.dtype
+
     # The padding is behind each row, so a causal attention needs no mask to leave it out.
     padded = []
     for x in (query, key, value):
-        rows = x.new_zeros(x.shape[1], grid[0] * grid[1], x.shape[3])  # [heads, B * S, size]
-        rows = rows.index_copy(1, slots, x[0])
+        rows = x.new_zeros(x.shape[1], grid[0] * grid[1], x.shape[3], dtype=dtype)
+        rows = rows.index_copy(1, slots, x[0].to(dtype))               # [heads, B * S, size]
         padded.append(rows.unflatten(1, grid).transpose(0, 1))         # [B, heads, S, size]
     options["is_causal"] = True
     output, _ = sdpa_attention_forward(module, *padded, None, **options)  # [B, S, heads, size]
-    return output.flatten(0, 1)[slots][None], None
+    output = output.flatten(0, 1)[slots].to(query.dtype)               # [tokens, heads, size]
+    return output[None], None
 
 
 AttentionInterface.register("sdpa", attend)

@@ -44,7 +44,7 @@ class Child:
         out = Path(cfg["out"])
         out.parent.mkdir(parents=True, exist_ok=True)
         threads = str(os.cpu_count())
-        env = os.environ | dict(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="passive",
+        env = os.environ | dict(OMP_NUM_THREADS=threads,
                                 HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         self.log = out.with_suffix(".log")
         with open(self.log, "w") as log:
