@@ -75,7 +75,7 @@ wait $b
 # return at the first rollout (return_sd in metrics.jsonl): 16%, 1%, 4% and 2% of 2.10, 6.30, 0.41
 # and 9.24, the means of seeds 100 to 105 (extras/study/toy.jsonl). The shares, lam and reward_scale
 # are the best of each arm's grid (EXPERIMENTS.md).
-title "four PPO runs: sequence level twice, token level as in the paper and at gamma 0"
+title "four PPO runs: sequence level twice, token level at gamma 1 and at gamma 0"
 ppo() {  # NAME REWARD_MODEL LEVEL KL_COEF FLAGS...
     stage "$1" ppo.py "${A[@]}" --policy="$OUT/sft" --data="$OUT/data/prompts.jsonl" \
         --reward_model="$OUT/$2" --level="$3" --kl_coef="$4" "${@:5}" --out="$OUT/$1"

@@ -163,8 +163,8 @@ def align(original, edited, *, gaps=False):
 
     gaps=True: where text was only inserted (or only deleted), the side without it has no U_1, and
     Eq. 4 cannot punish the omission. Then the unchanged token at that place counts as changed, too.
-    It is the action taken in the state in which the other answer acted differently. In this example
-    tea was replaced, and plum inserted, so EOS came too early:
+    It is the action at the place where the other answer acted differently. In this example tea was
+    replaced, and plum inserted, so EOS came too early:
 
         original  red  tea   fig        EOS     original_changed  0 1 0   0   gaps=True  0 1 0   1
         edited    red  pear  fig  plum  EOS     edited_changed    0 1 0 1 0              0 1 0 1 0

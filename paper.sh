@@ -117,7 +117,7 @@ stage diff diff.py "${A[@]}" --data="$OUT/edits.jsonl" --tokenizer="$OUT/sft" \
     --out="$OUT/diffs.jsonl"
 
 
-title "three reward models: the same less preferred answers, number of steps and start"
+title "three reward models: the same less preferred answers and start, one epoch each"
 reward() {  # NAME FLAGS...: trains a reward model, then measures it on held-out pairs
     ranks "$1" reward_model.py "${A[@]}" --model="$OUT/sft" --eval_data="$OUT/pref_heldout.jsonl" \
         "${@:2}" --out="$OUT/$1"

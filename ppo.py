@@ -63,7 +63,7 @@ class Config:
     clamp_kl: bool = False              # AlpacaFarm's clamp of the per-token KL at 0 (biased)
     reward_scale: Literal["sum", "mean", "fixed"] = "sum"   # r_t, r_t / T, r_t / fixed_length
     fixed_length: int | None = None     # of reward_scale=fixed, in tokens
-    missing_eos_penalty: float = 0.0    # subtracted at the last token of a response without EOS
+    missing_eos_penalty: float = 0.0    # taken off the end of a response without EOS, then scaled
     whiten_rewards: bool = True         # divide by their standard deviation, keep the mean
     whiten_advantages: bool = True
     gamma: float = 1.0                  # AlpacaFarm's; 0: each token counts in its own state alone
@@ -133,8 +133,8 @@ def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation, Section 2.2 -> advantages, returns = A + V, [B, T] each.
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lam A_{t+1}. The value after
     the last real token is 0, also if the response was cut: the length limit is part of the task.
-    gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where both answers are in a
-    common state. At gamma 0 it changes no expected gradient; at gamma 1 it is summed over time."""
+    gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where answers of one length are
+    in a common state. At gamma 0 it changes no expected gradient; at gamma 1 it is summed."""
     mask = mask.bool()
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)

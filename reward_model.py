@@ -6,7 +6,7 @@
                                                            # answer, learnt from preference pairs
     python reward_model.py out/diffs.jsonl out/diffs_2.jsonl       # the pairs of both files
     torchrun --nproc_per_node=8 reward_model.py
-    python reward_model.py show --model=out/rm a.jsonl,b.jsonl     # answers of one or two files,
+    python reward_model.py show --model=out/rm a.jsonl,b.jsonl     # answers of several files,
                                                            # tokens painted by r_t
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html    # a page
 

@@ -6,8 +6,8 @@
 
 sft.jsonl (instruction, input, output) -> out/sft, a Hugging Face folder. The loss is the mean of
 -log pi(a_t | s_t) over the batch's real response tokens, EOS included. Prompts are masked. It is
-the same for any micro-batch size and any number of ranks. The paper takes AlpacaFarm's SFT model;
-the defaults are that model's published script. Run the same command again to resume a killed run.
+the same for any micro-batch size and any number of ranks. The paper gives no settings of SFT; the
+defaults are AlpacaFarm's published script. Run the same command again to resume a killed run.
 
 The saved folder names the format of its prompts, and all later stages read it there. `alpaca` is
 Alpaca's prompt. `template` is the chat template of --model, for a row's `messages` (role, content)

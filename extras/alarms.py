@@ -55,7 +55,7 @@ def length_pressure(cfg, r, mask, ended):
     at_eos = r.gather(1, mask.sum(1, keepdim=True) - 1)[ended, 0]
     eos = f"{at_eos.mean().item():+.3g} at EOS" if len(at_eos) else "no response has its EOS"
     return (f"each extra token pays {mean:+.3g} (mean r_t over all tokens; {eos}; their sd is "
-            f"{sd:.3g}): length pressure, see anchor and reward_scale")
+            f"{sd:.3g}): length pressure, see anchor, or reward_scale=mean")
 
 
 def check_length_pressure(cfg, step, r, mask, ended):

@@ -442,7 +442,7 @@ def test_length_pressure_is_reported_from_the_first_rollout():
     ended = torch.tensor([True, False])  # mean 2.4, sd 1.02, 3 at the only EOS
     said = alarms.length_pressure(ppo.Config(), r, mask, ended)
     assert said.startswith("each extra token pays +2.4 (mean r_t over all tokens; +3 at EOS")
-    assert said.endswith("length pressure, see anchor and reward_scale")
+    assert said.endswith("length pressure, see anchor, or reward_scale=mean")
     small = alarms.length_pressure(ppo.Config(), r - 2.0 * mask, mask, ended)
     assert small is None  # mean 0.4 < sd / 2
     negative = alarms.length_pressure(ppo.Config(), r - 5.0 * mask, mask, ended)

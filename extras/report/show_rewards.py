@@ -1,6 +1,6 @@
 """Answers with their tokens painted by r_t, in a terminal or as a page: reward_model.py show
 
-    python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of one or two files
+    python reward_model.py show --model=out/rm a.jsonl,b.jsonl      # answers of several files
     python reward_model.py show --model=out/rm out/edits.jsonl --html=out/rewards.html   # a page
     python reward_model.py show --model=out/rm a.jsonl,b.jsonl --n=20 --json=out/painted.json
     python reward_model.py show --model=out/rm out/edits.jsonl --row=3 --svg=out/picture.svg

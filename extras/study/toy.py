@@ -85,6 +85,7 @@ REWARD_MODELS = {
     "rm_edited": (("--loss=sequence",), "diffs.jsonl", ""),
     "rm_token": (("--loss=eq4", "--anchor=0.3"), "diffs.jsonl", ""),
     "rm_plain": (("--loss=eq4",), "diffs.jsonl", ""),
+    "rm_paper": (("--loss=eq4",), "diffs_no_gaps.jsonl", ""),
     "rm_no_gaps": (("--loss=eq4", "--anchor=0.3"), "diffs_no_gaps.jsonl", ""),
     "rm_eq3": (("--loss=eq3",), "diffs.jsonl", ""),
     "rm_eq3_anchor": (("--loss=eq3", "--anchor=0.3"), "diffs.jsonl", ""),
@@ -438,7 +439,8 @@ def edits():
 
 def losses():
     """(d) What the reward model learns: other losses, at both gammas"""
-    names = ("rm_token", "rm_plain", "rm_no_gaps", "rm_eq3", "rm_eq3_anchor", "rm_sum", "rm_keep")
+    names = ("rm_token", "rm_plain", "rm_paper", "rm_no_gaps", "rm_eq3", "rm_eq3_anchor", "rm_sum",
+             "rm_keep")
     cells = []
     for seed in REPORTED_SEEDS[:3]:
         for reward_model in names:
