@@ -133,8 +133,8 @@ def gae(rewards, values, mask, *, gamma, lam):
     """Generalized advantage estimation, Section 2.2 -> advantages, returns = A + V, [B, T] each.
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lam A_{t+1}. The value after
     the last real token is 0, also if the response was cut: the length limit is part of the task.
-    gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where answers of one length are
-    in a common state. At gamma 0 it changes no expected gradient; at gamma 1 it is summed."""
+    gamma 0: A_t = r_t - V(s_t). A part b(s_t) of r_t cancels in Eq. 4 where answers of one length
+    are in a common state. At gamma 0 it changes no expected gradient; at gamma 1 it is summed."""
     mask = mask.bool()
     rewards = rewards.masked_fill(~mask, 0)
     values = values.masked_fill(~mask, 0)
@@ -342,6 +342,8 @@ def check(cfg):
         fail(f"--reward_scale={cfg.reward_scale} is for --level=token")
     if (cfg.reward_scale == "fixed") != bool(cfg.fixed_length):
         fail("--reward_scale=fixed and --fixed_length=N go together")
+    if cfg.kl_target and not cfg.kl_coef:
+        fail(f"--kl_target={cfg.kl_target:g} multiplies --kl_coef, and 0 stays 0; set a --kl_coef")
     reward_model_level = reward_level(cfg.reward_model)
     if cfg.level == "token" and reward_model_level == "sequence":
         fail(f"--reward_model={cfg.reward_model} gives one reward per response; use "

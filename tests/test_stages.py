@@ -679,6 +679,8 @@ def test_bad_input_is_refused_before_any_model(world, ppo_flags, tmp_path):
     )
     refused(out, "ppo.py", *ppo_flags, "--reward_model=runs/rm", saying=("runs/rm is no model",))
     refused(out, "ppo.py", *ppo_flags, "--kl_target=0", saying=("--kl_target must be above 0",))
+    adaptive = ["--kl_target=6", "--kl_coef=0"]
+    refused(out, "ppo.py", *ppo_flags, *adaptive, saying=("--kl_target=6", "set a --kl_coef"))
     refused(
         out,
         "ppo.py",
