@@ -177,7 +177,7 @@ def lines(stage, size_name, kind, floor, children):
 
 
 COLUMNS = ("what, lengths (mean)", "trainer", "s a step", "rollout + score + update", "CPU s", "GB",
-           "computed / real", "floor (update)")
+           "computed / real", "times its floor (update)")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
