@@ -111,7 +111,7 @@ def test_the_parts_run_and_a_second_time_nothing(tmp_path):
 
 def test_the_grid_runs_on_tuning_seeds_alone():
     from extras.study import toy
-    cells = toy.grid() + toy.lengths()
+    cells = toy.grid() + toy.paper() + toy.lengths()
     assert {cell.seed for cell in cells} <= set(range(100, 106))
     for arm in ("rlhf", "sequence", "token"):
         mine = [cell for cell in toy.grid() if f"_{arm}_" in cell.name]

@@ -2,7 +2,8 @@
 
     python extras/study/toy.py grid        # each arm's settings; on seeds 100 to 105 alone
     python extras/study/toy.py lengths     # how many steps a run needs; on the same seeds
-    python extras/study/toy.py sft         # settings of SFT on the edited answers; on the same
+    python extras/study/toy.py sft paper   # settings of SFT on the edited answers, and of PPO on
+                                           # the paper's Eq. 4; on the same
     python extras/study/toy.py horizons    # short, medium and long answers: seeds 300 to 304
     python extras/study/toy.py data edits losses why rounds    # the other questions
     python extras/study/toy_tables.py      # EXPERIMENTS.md and docs/horizons.svg, from the results
@@ -383,6 +384,21 @@ def grid():
     return cells
 
 
+PAPER_SHARES = (0.02, 0.08, 0.32, 1.28)
+
+
+def paper():
+    """A grid for Eq. 4 as in the paper: without an anchor, rewards have other units and tails"""
+    cells = []
+    for seed in WIDER_SEEDS:
+        for credit in ("gamma1", "gamma0"):
+            for share in PAPER_SHARES:
+                name = f"paper_{credit}_kl{share:g}"
+                flags = CREDIT["token"][credit]
+                cells.append(Cell("medium", seed, name, "rm_paper", "token", share, flags))
+    return cells
+
+
 # What the grid chose: an arm's reward model, level, share of the KL, flags. The table is in
 # EXPERIMENTS.md.
 CHOSEN = {
@@ -618,8 +634,8 @@ def judged_best(base, reward_model, samples, first, log):
     return logged(annotations)
 
 
-PARTS = {"grid": grid, "lengths": lengths, "horizons": horizons, "edits": edits, "losses": losses,
-         "why": why}
+PARTS = {"grid": grid, "paper": paper, "lengths": lengths, "horizons": horizons, "edits": edits,
+         "losses": losses, "why": why}
 
 
 def main(cfg):

@@ -114,6 +114,17 @@ def grid_table(found):
     return markdown_table(header, rows)
 
 
+def paper_table(found):
+    """Eq. 4 as in the paper, with other weights of the KL"""
+    shares = ("0.02", "0.08", "0.32", "1.28")
+    rows = []
+    for credit in ("gamma1", "gamma0"):
+        cells = [found.get(("medium", f"paper_{credit}_kl{share}"), {}) for share in shares]
+        if any(cells):
+            rows.append([credit, *map(win, cells)])
+    return markdown_table(["credit", *[f"KL {share}" for share in shares]], rows)
+
+
 ALL_SHARES = ("0.005", "0.01", "0.02", "0.04", "0.08", "0.16", "0.32")
 
 
@@ -347,6 +358,7 @@ def sections(found):
     """(title, table) of all that is finished"""
     made = [("Settings: each arm's grid (seeds 100 to 105; (3): 100 to 102 alone)",
              grid_table(found)),
+            ("Eq. 4 as in the paper: a grid of its own (seeds 100 to 102)", paper_table(found)),
             ("How many steps (seeds 100 to 102)", lengths_table(found)),
             ("SFT on the edited answers (seeds 100 to 102)", sft_table(found)),
             ("(a) Horizons: win rate at the end, and paired differences", horizons_summary(found)),
