@@ -385,6 +385,7 @@ def grid():
 
 
 PAPER_SHARES = (0.02, 0.08, 0.32, 1.28)
+PAPER_SHARE = 0.32  # the best of them, at both gammas
 
 
 def paper():
@@ -464,6 +465,9 @@ def losses():
             for arm in ("gamma0", "gamma1"):
                 cells.append(chosen("losses", arm, "medium", seed, reward_model=reward_model,
                                     name=reward_model, variant=variant))
+        for credit in ("gamma0", "gamma1"):
+            cells.append(Cell("medium", seed, f"losses_{credit}_rm_paper_own_kl", "rm_paper", "token",
+                              PAPER_SHARE, CREDIT["token"][credit]))
     return cells
 
 

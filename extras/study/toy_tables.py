@@ -330,8 +330,8 @@ EDITS = [(f"{NAMES[arm]}: {words}", world, f"edits_{arm}")
                               ("medium_line", "as many flaws a line as in short answers"))]
 LOSSES = [(f"{words}, {NAMES[arm]}", "medium", f"losses_{arm}_{name}")
           for name, words in (("rm_token", "Eq. 4 + anchor 0.3, gaps"), ("rm_plain", "Eq. 4, gaps"),
-                              ("rm_paper", "Eq. 4"), ("rm_no_gaps", "Eq. 4 + anchor 0.3"),
-                              ("rm_eq3", "Eq. 3, gaps"),
+                              ("rm_paper", "Eq. 4"), ("rm_paper_own_kl", "Eq. 4, KL 0.32"),
+                              ("rm_no_gaps", "Eq. 4 + anchor 0.3"), ("rm_eq3", "Eq. 3, gaps"),
                               ("rm_eq3_anchor", "Eq. 3 + anchor 0.3, gaps"),
                               ("rm_sum", "Eq. 4 as a sum, anchor 0.3, gaps"),
                               ("rm_keep", "likelihood that a token is kept"))
