@@ -466,8 +466,9 @@ def losses():
                 cells.append(chosen("losses", arm, "medium", seed, reward_model=reward_model,
                                     name=reward_model, variant=variant))
         for credit in ("gamma0", "gamma1"):
-            cells.append(Cell("medium", seed, f"losses_{credit}_rm_paper_own_kl", "rm_paper", "token",
-                              PAPER_SHARE, CREDIT["token"][credit]))
+            name = f"losses_{credit}_rm_paper_own_kl"
+            flags = CREDIT["token"][credit]
+            cells.append(Cell("medium", seed, name, "rm_paper", "token", PAPER_SHARE, flags))
     return cells
 
 
