@@ -44,8 +44,8 @@ class Child:
         out = Path(cfg["out"])
         out.parent.mkdir(parents=True, exist_ok=True)
         threads = str(os.cpu_count())
-        env = os.environ | dict(OMP_NUM_THREADS=threads,
-                                HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+        env = os.environ | dict(OMP_NUM_THREADS=threads, HF_HUB_OFFLINE="1",
+                                TOKENIZERS_PARALLELISM="false")
         self.log = out.with_suffix(".log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
