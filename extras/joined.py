@@ -70,6 +70,11 @@ def forward(model, ids, mask, read):
     return outputs[read] if is_head else outputs
 
 
+def attention_dtype(x):
+    """On a CPU float32 for bfloat16, whose backward takes twice the time there"""
+    return torch.promote_types(x.dtype, torch.float32) if x.is_cpu else x.dtype
+
+
 def attend(module, query, key, value, attention_mask, *, slots=None, grid=None, **options):
     """transformers' sdpa attention -> [B, S, heads, size], None. With slots and grid: query, key
     and value [1, heads, tokens, size] are rows end to end; so is the result [1, tokens, ...]."""
@@ -77,11 +82,9 @@ def attend(module, query, key, value, attention_mask, *, slots=None, grid=None, 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     ATTENDED.add(id(module))
 
-    # On a CPU, the backward in bfloat16 takes twice the time of float32.
-    dtype = torch.promote_types(query.dtype, torch.float32) if query.is_cpu else query.dtype
-
     # The padding is behind each row, so a causal attention needs no mask to leave it out.
     padded = []
+    dtype = attention_dtype(query)
     for x in (query, key, value):
         rows = x.new_zeros(x.shape[1], grid[0] * grid[1], x.shape[3], dtype=dtype)
         rows = rows.index_copy(1, slots, x[0].to(dtype))               # [heads, B * S, size]

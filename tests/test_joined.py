@@ -132,6 +132,23 @@ def test_without_extras_rows_are_padded(is_head, monkeypatch):
         assert torch.allclose(with_gradients[name], gradient, atol=1e-5), name
 
 
+@pytest.mark.parametrize("is_head", [False, True])
+def test_bfloat16_is_as_near_to_float64_as_padded_rows(is_head, monkeypatch):
+    """On a CPU the attention of joined rows is in float32, and the rest in bfloat16"""
+    Auto = AutoModelForTokenClassification if is_head else AutoModelForCausalLM
+    model = small(LlamaConfig, Auto).bfloat16()
+    want = alone(copy.deepcopy(model).double(), is_head)
+    found = together(model, is_head)
+    found_gradients = gradients(model, found)
+    assert {gradient.dtype for gradient in found_gradients.values()} == {torch.bfloat16}
+    monkeypatch.setattr(common, "extra", lambda name: None)
+    padded = together(model, is_head)
+    for x, y, exact in zip(found, padded, want, strict=True):
+        assert x.dtype == torch.float32
+        error, padded_error = (x - exact).norm(), (y - exact).norm()
+        assert 0 < error < 1.5 * padded_error < 0.1 * exact.norm()
+
+
 def test_the_attention_of_ordinary_calls_is_transformers_own():
     """attend() replaces sdpa in the process; a model that is called in the usual way must not see
     it: padded rows, with a cache, next to the eager attention"""

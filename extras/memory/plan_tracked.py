@@ -9,6 +9,7 @@ sent. Only one model at a time: what the others hold at rest is plain arithmetic
 """
 import argparse, sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -149,7 +150,8 @@ def tracked(config, *, ranks, rollout, score, micro, P, T, checkpointing):
         peaks[f"update {name}"] = peak_of(model, update_twice)
 
     peaks = {}
-    with FakeTensorMode():
+    as_on_a_gpu = mock.patch.object(joined, "attention_dtype", lambda x: x.dtype)
+    with FakeTensorMode(), as_on_a_gpu:
         peaks["rollout"] = rollout_peak(config, mesh, rollout, P, T)
         score_and_update("policy", AutoModelForCausalLM, micro, frozen=False)
         score_and_update("value", AutoModelForTokenClassification, score, frozen=True)
