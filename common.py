@@ -74,7 +74,7 @@ def load_tokenizer(path, prompt_format=None):
     return tokenizer
 
 def end_ids(tokenizer):
-    """The ids that end a response: eos (of a template: the end of a turn), the folder's others"""
+    """The ids that end a response: eos, and others that the folder names"""
     return {tokenizer.eos_token_id, *getattr(tokenizer, "more_end_ids", ())}
 
 @functools.cache

@@ -63,7 +63,7 @@ class Config:
     clamp_kl: bool = False              # AlpacaFarm's clamp of the per-token KL at 0 (biased)
     reward_scale: Literal["sum", "mean", "fixed"] = "sum"   # r_t, r_t / T, r_t / fixed_length
     fixed_length: int | None = None     # of reward_scale=fixed, in tokens
-    missing_eos_penalty: float = 0.0    # taken off the end of a response without EOS, then scaled
+    missing_eos_penalty: float = 0.0    # subtracted at a last token other than EOS, before scaling
     whiten_rewards: bool = True         # divide by their standard deviation, keep the mean
     whiten_advantages: bool = True
     gamma: float = 1.0                  # AlpacaFarm's; 0: each token counts in its own state alone

@@ -9,8 +9,8 @@ from plumbing.ranks import fail
 TODAY = datetime.date(2024, 7, 26)  # for templates that print the date; Llama 3.1 has it built in
 
 def use_template(tokenizer, path):
-    """Prepare a tokenizer for template_prompt() -> the prompt format: "template" and a hash of it.
-    In it the date is fixed, or a row's ids would change daily. eos becomes what ends a turn."""
+    """Prepare a tokenizer for template_prompt() -> the prompt format: "template" and its hash. The
+    date in it is fixed, or a row's ids would change daily. eos becomes the end of a turn."""
     if not tokenizer.chat_template:
         fail(f"{path} has no chat template; train it in Alpaca's prompt: --prompt_format=alpaca")
     template = tokenizer.get_chat_template()

@@ -138,7 +138,16 @@ def test_bfloat16_is_as_near_to_float64_as_padded_rows(is_head, monkeypatch):
     Auto = AutoModelForTokenClassification if is_head else AutoModelForCausalLM
     model = small(LlamaConfig, Auto).bfloat16()
     want = alone(copy.deepcopy(model).double(), is_head)
+    plain = joined.sdpa_attention_forward
+    attended = set()
+
+    def attention(module, query, *words, **options):
+        attended.add(query.dtype)
+        return plain(module, query, *words, **options)
+
+    monkeypatch.setattr(joined, "sdpa_attention_forward", attention)
     found = together(model, is_head)
+    assert attended == {torch.float32}
     found_gradients = gradients(model, found)
     assert {gradient.dtype for gradient in found_gradients.values()} == {torch.bfloat16}
     monkeypatch.setattr(common, "extra", lambda name: None)

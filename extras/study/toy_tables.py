@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from evaluate import mean_and_error
 from extras.report.arms import pm
 from extras.study.tables import markdown_table
+from extras.study.toy import PAPER_SHARE, PAPER_SHARES
 from plumbing.command_line import load_config
 from plumbing.files import check_input, replacing
 from plumbing.ranks import fail, say
@@ -116,13 +117,12 @@ def grid_table(found):
 
 def paper_table(found):
     """Eq. 4 as in the paper, with other weights of the KL"""
-    shares = ("0.02", "0.08", "0.32", "1.28")
     rows = []
     for credit in ("gamma1", "gamma0"):
-        cells = [found.get(("medium", f"paper_{credit}_kl{share}"), {}) for share in shares]
+        cells = [found.get(("medium", f"paper_{credit}_kl{share:g}"), {}) for share in PAPER_SHARES]
         if any(cells):
             rows.append([credit, *map(win, cells)])
-    return markdown_table(["credit", *[f"KL {share}" for share in shares]], rows)
+    return markdown_table(["credit", *[f"KL {share:g}" for share in PAPER_SHARES]], rows)
 
 
 ALL_SHARES = ("0.005", "0.01", "0.02", "0.04", "0.08", "0.16", "0.32")
@@ -330,7 +330,8 @@ EDITS = [(f"{NAMES[arm]}: {words}", world, f"edits_{arm}")
                               ("medium_line", "as many flaws a line as in short answers"))]
 LOSSES = [(f"{words}, {NAMES[arm]}", "medium", f"losses_{arm}_{name}")
           for name, words in (("rm_token", "Eq. 4 + anchor 0.3, gaps"), ("rm_plain", "Eq. 4, gaps"),
-                              ("rm_paper", "Eq. 4"), ("rm_paper_own_kl", "Eq. 4, KL 0.32"),
+                              ("rm_paper", "Eq. 4"),
+                              ("rm_paper_own_kl", f"Eq. 4, KL {PAPER_SHARE:g}"),
                               ("rm_no_gaps", "Eq. 4 + anchor 0.3"), ("rm_eq3", "Eq. 3, gaps"),
                               ("rm_eq3_anchor", "Eq. 3 + anchor 0.3, gaps"),
                               ("rm_sum", "Eq. 4 as a sum, anchor 0.3, gaps"),
